@@ -1,0 +1,68 @@
+"""Output directories and files that are complete or absent: written under a temporary name, then renamed."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hylo.errors import HyloError
+
+
+@contextlib.contextmanager
+def complete_directory(out: Path) -> Iterator[Path]:
+    """Yields a temporary directory beside `out` that becomes `out` if the block succeeds and vanishes if it does not.
+
+    Raises HyloError if `out` exists, or if the disk is full or not writable.
+    """
+    if out.exists():
+        raise HyloError(f"{out} exists already; choose another output directory or remove it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    except OSError as error:
+        raise _cannot_write(out, error) from error
+    try:
+        yield partial
+        partial.chmod(0o755)
+        os.rename(partial, out)
+    except OSError as error:
+        raise _cannot_write(out, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise _cannot_write(path, error) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object from a file; `what` names it in the error line."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise HyloError(f"{what} {path} does not exist; check the path") from None
+    except (OSError, ValueError) as error:
+        raise HyloError(f"{what} {path} is not readable JSON ({error}); restore the file") from error
+    if not isinstance(value, dict):
+        raise HyloError(f"{what} {path} holds no JSON object; restore the file")
+    return value
+
+
+def _cannot_write(path: Path, error: OSError) -> HyloError:
+    return HyloError(f"cannot write {path}: {error.strerror or error}; free space or choose a writable place")
