@@ -1,9 +1,9 @@
 """Synthetic retrieval: facts planted in running text, and asked for again.
 
-A fact is one line that pairs a key with a value, `# remember amber falcon`. Two kinds of row are made of facts and text:
+A fact is one line that pairs a key with a value, `# remember amber lagoon`. Two kinds of row mix facts with text:
 
-- training rows (`fact_row`): a few facts, each restated several times at random places. Whatever follows a restated key can
-  be predicted from the context alone, so the density of facts sets how much retrieval a row teaches.
+- training rows (`fact_row`): a few facts, each restated several times at random places. Whatever follows a restated
+  key can be predicted from the context alone, so the density of facts sets how much retrieval a row teaches.
 - evaluation rows (`needle_row`): every fact stands once, at a known depth, and all keys are asked at the very end.
 """
 
@@ -16,7 +16,8 @@ KEYS = (
     "amber anchor apple arrow autumn badger bamboo banner barrel basket beacon berry bishop blanket bottle bridge "
     "bronze bucket butter button cabin cactus camel candle canyon carpet castle cedar cherry chimney circus clover "
     "cobalt coffee copper coral cotton coyote crater cricket crystal curtain daisy desert diamond dolphin dragon eagle "
-    "ember engine falcon feather fiddle forest fossil fountain galaxy garden garlic ginger glacier granite guitar hammer"
+    "ember engine falcon feather fiddle forest fossil fountain galaxy garden garlic ginger glacier granite guitar "
+    "hammer"
 ).split()
 VALUES = (
     "harbor hazel helmet heron honey hunter island ivory jacket jaguar jasmine jungle kettle kitten ladder lagoon "

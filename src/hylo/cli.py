@@ -1,0 +1,263 @@
+"""The commands. Bad input ends with one line on standard error and exit status 2."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from hylo.errors import HyloError
+
+app = typer.Typer(
+    help="Turns a pretrained Transformer into a long-context hybrid.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+Init = Literal["recipe", "pairs-stride", "pairs-fast", "random"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Precision = Literal["float32", "bf16"]
+
+BaseArgument = Annotated[Path, typer.Argument(help="Llama or Qwen3 checkpoint directory")]
+OutArgument = Annotated[Path, typer.Argument(help="directory to write; must not exist")]
+LayoutOption = Annotated[str, typer.Option(help="e.g. 4MLA12GDN, 8MLA8M2, 8A8M2")]
+PositionsOption = Annotated[str | None, typer.Option(help="indices of the MLA (or attention) layers, e.g. 1,5,10,14")]
+GeometryOption = Annotated[list[str] | None, typer.Option("--set", help="a figure of the mixers, e.g. kv_lora_rank=64")]
+DataOption = Annotated[list[str], typer.Option("--data", help="text file, folder, or python-stdlib; repeatable")]
+FactsOption = Annotated[float, typer.Option(help="share of rows with synthetic retrieval", min=0, max=1)]
+
+
+@app.command()
+def plan(
+    base: BaseArgument,
+    layout: LayoutOption,
+    mla_layers: PositionsOption = None,
+    geometry: GeometryOption = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="of weights and cache; the checkpoint's if left out")] = None,
+    state_dtype: Annotated[Dtype, typer.Option(help="of the recurrent state")] = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Prints which layer becomes what, and what it costs. Needs only BASE/config.json."""
+    from hylo.plan import make_plan
+
+    result = make_plan(base, layout, _indices(mla_layers), _geometry(geometry), dtype, state_dtype)
+    if as_json:
+        print(json.dumps(result.to_json(), indent=1))
+    else:
+        result.print(console)
+
+
+@app.command()
+def convert(
+    base: BaseArgument,
+    out: OutArgument,
+    layout: LayoutOption,
+    mla_layers: PositionsOption = None,
+    geometry: GeometryOption = None,
+    init: Annotated[Init, typer.Option(help="how MLA starts; random: every mixer drawn afresh")] = "pairs-fast",
+    linear_init: Annotated[Literal["recipe", "aligned"], typer.Option(help="how linear blocks start")] = "aligned",
+    dtype: Annotated[Dtype | None, typer.Option(help="of the weights written; the base's if left out")] = None,
+    seed: Annotated[int, typer.Option(help="of what is drawn at random", min=0)] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
+) -> None:
+    """Replaces the base's attention by the layout's mixers, initialised from it."""
+    from hylo.convert import convert as run
+    from hylo.convert import read_base
+    from hylo.plan import make_plan
+
+    result = make_plan(base, layout, _indices(mla_layers), _geometry(geometry), dtype)
+    result.print(console)
+    _absent(out)
+    read_base(base)  # an incomplete base is named in a dry run too
+    if dry_run:
+        return
+    run(base, out, result, init=init, linear_init=linear_init, seed=seed, dtype=dtype)
+    console.print(f"wrote {out}")
+
+
+@app.command()
+def align(
+    base: BaseArgument,
+    student: Annotated[Path, typer.Argument(help="directory written by convert")],
+    out: OutArgument,
+    data: DataOption,
+    facts: FactsOption = 0.0,
+    length: Annotated[int, typer.Option(help="tokens of a sequence")] = 2048,
+    tokens: Annotated[int, typer.Option(help="tokens to train on")] = 2_000_000_000,
+    rows: Annotated[int, typer.Option(help="sequences of a step")] = 96,
+    learning_rate: Annotated[float, typer.Option(help="peak")] = 2e-4,
+    precision: Annotated[Precision, typer.Option()] = "bf16",
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Stage 1: every layer learns to do what the base's layer does, fed the base's hidden states."""
+    from hylo.distill.align import align as run
+    from hylo.pipeline import TrainingData, read_tokenizer
+    from hylo.recipe import Data
+
+    _absent(out)
+    training = _training(
+        length=length, tokens=tokens, rows=rows, learning_rate=learning_rate, precision=precision, seed=seed
+    )
+    source = TrainingData(Data(text=data, facts=facts), read_tokenizer(student))
+    run(base, student, out, source.rows("align", seed), training)
+    console.print(f"wrote {out}")
+
+
+@app.command()
+def extend(
+    student: Annotated[Path, typer.Argument(help="directory written by convert, align or extend")],
+    out: OutArgument,
+    teacher: Annotated[Path, typer.Option(help="directory of the teacher: the base, or a larger model of its family")],
+    data: DataOption,
+    facts: FactsOption = 0.0,
+    length: Annotated[int, typer.Option(help="tokens of a sequence; the supported length of the result")] = 8192,
+    tokens: Annotated[int, typer.Option(help="tokens to train on")] = 8_000_000_000,
+    rows: Annotated[int, typer.Option(help="sequences of a step")] = 32,
+    learning_rate: Annotated[float, typer.Option(help="peak")] = 6e-5,
+    yarn_original: Annotated[int, typer.Option(help="context above which YaRN stretches positions")] = 2048,
+    precision: Annotated[Precision, typer.Option()] = "bf16",
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Stage 2: distils the whole hybrid from a teacher at a longer context, with YaRN on the MLA layers."""
+    from hylo.distill.extend import extend as run
+    from hylo.pipeline import TrainingData, read_tokenizer
+    from hylo.recipe import Data
+
+    _absent(out)
+    training = _training(
+        length=length, tokens=tokens, rows=rows, learning_rate=learning_rate, precision=precision, seed=seed
+    )
+    source = TrainingData(Data(text=data, facts=facts), read_tokenizer(student))
+    run(student, teacher, out, source.rows("extend", seed), training, yarn_original)
+    console.print(f"wrote {out}")
+
+
+@app.command()
+def upcycle(
+    recipe: Annotated[Path, typer.Argument(help="YAML file; see recipes/")],
+    out: Annotated[Path, typer.Option(help="directory of the run; a second call goes on where the first stopped")],
+) -> None:
+    """Runs a whole recipe: plan, convert, align, extend, evaluate, report."""
+    from hylo.pipeline import upcycle as run
+    from hylo.recipe import read_recipe
+
+    run(read_recipe(recipe), out, console)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Llama, Qwen3 or hylo directory")],
+    teacher: Annotated[Path | None, typer.Option(help="also measure KL to this model")] = None,
+    lengths: Annotated[str, typer.Option(help="contexts in tokens")] = "2048,8192",
+    text: Annotated[list[str] | None, typer.Option(help="held-out text file or folder; default python-stdlib")] = None,
+    answers: Annotated[int, typer.Option(help="needle questions a length", min=1)] = 256,
+    answers_per_bin: Annotated[bool, typer.Option("--answers-per-bin", help="that many in every depth bin")] = False,
+    tokens: Annotated[int, typer.Option(help="tokens of text a length", min=1)] = 32768,
+    precision: Annotated[Precision, typer.Option()] = "float32",
+    seed: Annotated[int, typer.Option()] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="also write the result here")] = None,
+) -> None:
+    """Measures perplexity, KL to a teacher and needle retrieval, by length and depth."""
+    from hylo.data.retrieval import FactFormat
+    from hylo.data.sources import STANDARD_LIBRARY, whole_stream
+    from hylo.evaluate.evaluate import evaluate as run
+    from hylo.evaluate.evaluate import print_results
+    from hylo.files import write_json
+    from hylo.modeling.loading import load_model  # noqa: F401  a bad directory is named before its tokenizer is
+    from hylo.pipeline import read_tokenizer
+
+    tokenizer = read_tokenizer(model)
+    result = run(
+        model,
+        teacher,
+        _indices(lengths) or [],
+        whole_stream(tokenizer, text or [STANDARD_LIBRARY]),
+        FactFormat.of(tokenizer),
+        answers,
+        tokens,
+        answers_per_bin=answers_per_bin,
+        seed=seed,
+        precision=precision,
+    )
+    print_results({model.name: result}, console)
+    if json_file:
+        write_json(json_file, result)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="directory of the run; a second call goes on where the first stopped")],
+    full: Annotated[
+        bool, typer.Option("--full/--quick", help="more training and 256 answers in every depth bin")
+    ] = False,
+) -> None:
+    """Upcycles the small checkpoint that comes with the package and checks the result."""
+    from hylo.demo import run_demo
+
+    if not run_demo(out, full, console):
+        raise typer.Exit(1)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: turns HyloError and wrong usage into one line and exit status 2; always ends with SystemExit."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        status = app(arguments, standalone_mode=False)
+    except HyloError as error:
+        _fail(str(error))
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # typer's usage errors
+            raise
+        _fail(f"{error.format_message()} See hylo --help.")
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str) -> None:
+    print(f"hylo: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _absent(out: Path) -> None:
+    """Said before any work, not after it."""
+    if out.exists():
+        raise HyloError(f"{out} exists already; choose another output directory or remove it")
+
+
+def _indices(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise HyloError(f"{text!r} is no list of whole numbers; write e.g. 1,5,10,14") from None
+
+
+def _geometry(settings: list[str] | None) -> dict[str, int]:
+    geometry = {}
+    for setting in settings or []:
+        name, _, value = setting.partition("=")
+        try:
+            geometry[name] = int(value)
+        except ValueError:
+            raise HyloError(f"--set {setting}: write KEY=NUMBER, e.g. kv_lora_rank=64") from None
+    return geometry
+
+
+def _training(**values: Any) -> Any:
+    from hylo.distill.settings import Training
+
+    try:
+        return Training.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = str(first["loc"][0]).replace("_", "-")
+        raise HyloError(f"--{option} {first['input']}: {first['msg']}") from None

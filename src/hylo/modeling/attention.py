@@ -1,0 +1,59 @@
+"""The base's own attention (Llama, Qwen3), for layers that keep it, and the norm that all mixers share."""
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from hylo.modeling.configuration import HyloConfig
+from hylo.modeling.rope import rotate
+from hylo.ops.latent_attention import attend
+
+
+class RMSNorm(nn.Module):
+    """weight * x / rms(x) over the last dimension, the rms in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * inverse_rms(x, self.eps)).to(x.dtype)
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1/rms(x) over the last dimension (kept, of size 1), in float32 or better."""
+    x = x if x.dtype == torch.float64 else x.float()
+    return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with RoPE; on Qwen3 each query and key head is normalised before it is rotated."""
+
+    def __init__(self, config: HyloConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx, self.head_dim = layer_idx, config.head_dim
+        q_width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(q_width, config.hidden_size, bias=config.attention_bias)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        hidden_states_BTD: Tensor,
+        attention_mask: Tensor | None,
+        rotary: dict[str, tuple[Tensor, Tensor]],
+        past_key_values: Cache | None = None,
+    ) -> Tensor:
+        heads = (*hidden_states_BTD.shape[:2], -1, self.head_dim)
+        q = self.q_norm(self.q_proj(hidden_states_BTD).view(heads)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(hidden_states_BTD).view(heads)).transpose(1, 2)
+        v = self.v_proj(hidden_states_BTD).view(heads).transpose(1, 2)
+        q, k = rotate(q, rotary["attention"]), rotate(k, rotary["attention"])
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        o = attend(q, k, v, attention_mask, self.head_dim**-0.5)
+        return self.o_proj(o.transpose(1, 2).flatten(2))

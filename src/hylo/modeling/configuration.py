@@ -1,0 +1,110 @@
+"""The configuration of a hybrid: the base's own figures, the mixer of every layer, and the mixers' geometry."""
+
+import math
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+MIXERS = ("attention", "mla", "gated_deltanet", "mamba2")
+CACHE_KIND = {
+    "attention": "full_attention",
+    "mla": "full_attention",
+    "gated_deltanet": "linear_attention",
+    "mamba2": "linear_attention",
+}
+
+
+class HyloConfig(PreTrainedConfig):
+    """`mixers` names each layer's token mixer, one of MIXERS. Widths and ranks are in values, lengths in tokens.
+
+    `rope_parameters` is the base's RoPE (for `attention` layers), `mla_rope_parameters` that of MLA:
+    {"rope_type": "default", "rope_theta"} or, after `extend_context`, YaRN's. `max_position_embeddings` is the
+    supported length. Raises ValueError if `mixers` does not fit the layers.
+    """
+
+    model_type = "hylo"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 256
+    intermediate_size: int = 688
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 64
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-5
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    base_model_type: str = "llama"
+    qk_norm: bool = False
+    rope_parameters: dict[str, Any] = None  # type: ignore[assignment]  # set by __post_init__, as the next
+    mixers: list[str] = None  # type: ignore[assignment]
+
+    kv_lora_rank: int = 64
+    q_lora_rank: int = 192
+    qk_nope_head_dim: int = 32
+    qk_rope_head_dim: int = 32
+    v_head_dim: int = 64
+    mla_rope_parameters: dict[str, Any] = None  # type: ignore[assignment]
+
+    conv_kernel_size: int = 4
+    gdn_num_heads: int = 2
+    gdn_head_dim: int = 64
+    gdn_expand_v: int = 2
+    mamba_d_state: int = 64
+    mamba_head_dim: int = 64
+    mamba_num_heads: int = 4
+    mamba_d_inner: int = 256
+    mamba_d_xb: int = 128
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.pop("layer_types", None)  # derived
+        if self.mixers is None:
+            self.mixers = ["attention"] * self.num_hidden_layers
+        if unknown := sorted(set(self.mixers) - set(MIXERS)):
+            raise ValueError(f"unknown mixers {unknown}; known are {', '.join(MIXERS)}")
+        if len(self.mixers) != self.num_hidden_layers:
+            raise ValueError(f"{len(self.mixers)} mixers for {self.num_hidden_layers} layers")
+        if self.rope_parameters is None:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        if self.mla_rope_parameters is None:
+            self.mla_rope_parameters = {"rope_type": "default", "rope_theta": self.rope_parameters["rope_theta"]}
+        super().__post_init__(**kwargs)
+
+    def validate(self) -> None:
+        """transformers' checks at saving but RoPE's, which would hold the base's lengths against the supported one."""
+        self.validate_architecture()
+        self.validate_layer_type()
+        self.validate_token_ids()
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What transformers' caches and masks go by: `full_attention` layers cache every token, linear ones do not."""
+        return [CACHE_KIND[mixer] for mixer in self.mixers]
+
+    def extend_context(self, length: int, original: int) -> None:
+        """Sets the supported length, and YaRN on the MLA layers where it exceeds the `original` length."""
+        theta = self.mla_rope_parameters["rope_theta"]
+        factor = length / original
+        if factor > 1:
+            self.mla_rope_parameters = {
+                "rope_type": "yarn",
+                "rope_theta": theta,
+                "factor": factor,
+                "original_max_position_embeddings": original,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "attention_factor": 0.1 * math.log(factor) + 1,
+            }
+        else:
+            self.mla_rope_parameters = {"rope_type": "default", "rope_theta": theta}
+        self.max_position_embeddings = length

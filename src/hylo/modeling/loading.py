@@ -1,0 +1,69 @@
+"""Loads a complete model directory, or says in one line why not."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from hylo.checkpoint import Weights, names
+from hylo.errors import HyloError
+from hylo.files import read_json
+
+MODEL_TYPES = ("llama", "qwen3", "hylo")
+
+
+def load_model(
+    directory: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """A Llama, Qwen3 or hylo model from a directory, in evaluation mode. No remote code, safetensors only.
+
+    Raises HyloError if the directory is missing or half-written, or its tensors and its config.json do not agree.
+    """
+    if not directory.is_dir():
+        raise HyloError(f"model directory {directory} does not exist; check the path")
+    config = read_json(directory / "config.json", "configuration")
+    if (model_type := config.get("model_type")) not in MODEL_TYPES:
+        raise HyloError(f"model {directory} is of model_type {model_type}; loaded are {', '.join(MODEL_TYPES)}")
+    if config.get("quantization_config"):
+        raise HyloError(f"model {directory} is quantised; use the unquantised checkpoint")
+    Weights(directory)  # names a missing, truncated or pickled file better than what follows
+    with _quiet_transformers():
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # so that they are listed
+                output_loading_info=True,
+            )
+        except Exception as error:  # transformers validates configurations with exceptions of many classes
+            reason = " ".join(str(error).split())
+            raise HyloError(f"model {directory} cannot be loaded ({reason}); restore the directory") from error
+    for key, problem in (("missing_keys", "lacks"), ("unexpected_keys", "holds unexpected")):
+        if info[key]:
+            raise HyloError(f"model {directory} {problem} {names(sorted(info[key]))}; restore the directory")
+    if wrong := sorted({entry[0] for entry in info["mismatched_keys"]}):
+        raise HyloError(f"model {directory} has {names(wrong)} in another shape than config.json says; restore it")
+    return model.to(device).eval()
+
+
+load_student = load_model
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keeps transformers' own progress bar and load report off the terminal: problems are raised here."""
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()

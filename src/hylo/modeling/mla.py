@@ -1,0 +1,85 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) with the base's own number of kv heads.
+
+What is cached per token is the latent (kv_lora_rank values) and one rotated key shared by all heads (qk_rope_head_dim
+values), as the `keys` and `values` of a single head in transformers' cache. On Qwen3 the key norm's 1/rms depends on kv
+head and token: these num_key_value_heads numbers are cached beside the rotated key, so that decoding needs no old keys.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from hylo.modeling.attention import RMSNorm, inverse_rms
+from hylo.modeling.configuration import HyloConfig
+from hylo.modeling.rope import rotate
+from hylo.ops.latent_attention import absorbed_latent_attention, expanded_latent_attention
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """Heads laid out [nope | rope]; softmax scale (nope + rope)^-0.5, which YaRN leaves alone."""
+
+    def __init__(self, config: HyloConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_kv_heads = config.num_key_value_heads
+        self.rank, self.nope, self.rope = config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.qk_head_dim = self.nope + self.rope
+        heads, hidden = config.num_attention_heads, config.hidden_size
+        self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
+        self.q_b_proj = nn.Linear(config.q_lora_rank, heads * self.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.rank + self.rope, bias=False)
+        self.kv_b_proj = nn.Linear(self.rank, self.num_kv_heads * (self.nope + config.v_head_dim), bias=False)
+        self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=False)
+        self.qk_norm = config.qk_norm
+        if self.qk_norm:
+            self.q_norm = RMSNorm(self.qk_head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.qk_head_dim, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states_BTD: Tensor,
+        attention_mask: Tensor | None,
+        rotary: dict[str, tuple[Tensor, Tensor]],
+        past_key_values: Cache | None = None,
+    ) -> Tensor:
+        B, T, _ = hidden_states_BTD.shape
+        q = self.q_b_proj(self.q_a_proj(hidden_states_BTD)).view(B, T, -1, self.qk_head_dim).transpose(1, 2)
+        latent, key_rope = self.kv_a_proj_with_mqa(hidden_states_BTD).split([self.rank, self.rope], dim=-1)
+        key_scale = None
+        if self.qk_norm:
+            q = self.q_norm(q)
+            key_scale = self.inverse_key_rms(latent, key_rope)
+            key_rope = key_rope * self.k_norm.weight[self.nope :]
+        q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)
+        if self.qk_norm:
+            q_nope = q_nope * self.k_norm.weight[: self.nope]  # the key norm's weight, folded into the queries
+        q = torch.cat((q_nope, rotate(q_rope, rotary["mla"])), dim=-1)
+        key_rope = rotate(key_rope[:, None], rotary["mla"])
+
+        latent = latent[:, None]
+        if past_key_values is not None:
+            values = key_rope if key_scale is None else torch.cat((key_rope, key_scale.transpose(1, 2)[:, None]), -1)
+            latent, values = past_key_values.update(latent, values, self.layer_idx)
+            key_rope = values[..., : self.rope]
+            if key_scale is not None:
+                key_scale = values[:, 0, :, self.rope :].transpose(1, 2)
+        decoding = past_key_values is not None and T == 1
+        attention = absorbed_latent_attention if decoding else expanded_latent_attention
+        o = attention(
+            q,
+            latent[:, 0],
+            key_rope[:, 0],
+            self.kv_b_proj.weight,
+            self.num_kv_heads,
+            self.qk_head_dim**-0.5,
+            attention_mask,
+            key_scale,
+        )
+        return self.o_proj(o.transpose(1, 2).flatten(2))
+
+    def inverse_key_rms(self, latent_BTR: Tensor, key_rope_BTP: Tensor) -> Tensor:
+        """1/rms of every assembled key [W_k c | rope key] before weight and rotation, (B,K,T)."""
+        up = self.kv_b_proj(latent_BTR).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
+        key_rope = key_rope_BTP[:, None].expand(-1, self.num_kv_heads, -1, -1)
+        keys = torch.cat((up[..., : self.nope], key_rope), dim=-1)
+        return inverse_rms(keys, self.k_norm.eps).squeeze(-1).to(latent_BTR.dtype)

@@ -1,0 +1,204 @@
+"""Runs a recipe: every stage reads model directories and writes one under RUN; what is there already is skipped.
+
+RUN/recipe.yaml  plan.json  converted/  aligned/  extended-512/ ... extended-2048/  evaluations/*.json  report.html
+RUN/control/ and RUN/no_alignment/ hold the controls' directories
+"""
+
+import time
+import zlib
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from hylo.convert import convert
+from hylo.data.retrieval import FactFormat
+from hylo.data.rows import RowDataset
+from hylo.data.sources import held_out_stream, training_stream, whole_stream
+from hylo.distill.align import align
+from hylo.distill.extend import extend
+from hylo.distill.settings import Training
+from hylo.errors import HyloError
+from hylo.evaluate.evaluate import Workload, evaluate_models, print_results
+from hylo.files import read_json, write_json, write_text
+from hylo.plan import Plan, make_plan
+from hylo.recipe import Data, Recipe, dump_recipe
+from hylo.report import read_metrics, write_report
+
+
+def upcycle(recipe: Recipe, run: Path, console: Console) -> dict[str, Any]:
+    """Plans, converts, aligns, extends, evaluates and reports; returns the report. Raises HyloError on bad input."""
+    plan = make_plan(recipe.base, recipe.layout, recipe.mla_layers, recipe.geometry, recipe.dtype)
+    plan.print(console)
+    _claim(run, recipe)
+    write_json(run / "plan.json", plan.to_json())
+    stages = _train(recipe, plan, run, console)
+    results = _evaluate(recipe, stages, run, console)
+    print_results(results, console)
+    report = build_report(recipe, plan, run, results)
+    write_report(run, report)
+    console.print(f"report: {run / 'report.html'}")
+    return report
+
+
+class TrainingData:
+    """The rows that training reads and the text that evaluation reads, tokenised once."""
+
+    def __init__(self, data: Data, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.data, self.tokenizer = data, tokenizer
+
+    @cached_property
+    def stream(self) -> np.ndarray:
+        read = whole_stream if self.data.held_out else training_stream  # separate held-out text leaves `text` whole
+        return read(self.tokenizer, self.data.text)
+
+    @cached_property
+    def held_out(self) -> np.ndarray:
+        if self.data.held_out:
+            return whole_stream(self.tokenizer, self.data.held_out)
+        return held_out_stream(self.tokenizer, self.data.text)
+
+    @cached_property
+    def facts(self) -> FactFormat:
+        return FactFormat.of(self.tokenizer)
+
+    def rows(self, stage: str, seed: int) -> Callable[[int, int], RowDataset]:
+        """A stage's rows by length and count; another stage draws other rows."""
+        facts = self.facts if self.data.facts else None
+        seed = zlib.crc32(f"{seed} {stage}".encode())
+        return lambda length, count: RowDataset(self.stream, length, count, seed, facts, self.data.facts)
+
+
+def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).split("\n")[0]
+        raise HyloError(f"{directory} has no usable tokenizer ({reason}); add the base's tokenizer files") from error
+
+
+def _claim(run: Path, recipe: Recipe) -> None:
+    """A run directory belongs to one recipe; what another one left there is not mixed with it."""
+    path, text = run / "recipe.yaml", dump_recipe(recipe)
+    if path.exists():
+        if path.read_text(encoding="utf-8") != text:
+            raise HyloError(
+                f"{path} is another recipe's; choose another --out, or go on with the recipe it was made from"
+            )
+        return
+    if run.exists() and any(run.iterdir()):
+        raise HyloError(f"{run} exists and holds no run; choose another --out")
+    write_text(path, text)
+
+
+def _train(recipe: Recipe, plan: Plan, run: Path, console: Console) -> dict[str, Path]:
+    """Writes the model directories that are missing; returns the directory of every stage to evaluate."""
+    data = TrainingData(recipe.data, read_tokenizer(recipe.base))
+
+    def once(name: str, directory: Path, make: Callable[[], None]) -> Path:
+        if directory.exists():
+            console.print(f"{name}: {directory} is there, skipped")
+        else:
+            console.print(f"{name}: {directory}")
+            began = time.monotonic()
+            make()
+            console.print(f"{name}: done in {time.monotonic() - began:.0f} s")
+        return directory
+
+    def converted(directory: Path, init: str) -> Path:
+        return once(
+            "convert",
+            directory,
+            lambda: convert(
+                recipe.base,
+                directory,
+                plan,
+                init=init,
+                linear_init=recipe.linear_init,
+                seed=recipe.seed,
+                dtype=recipe.dtype,
+            ),
+        )
+
+    def extended(student: Path, folder: Path, stages: list[Training]) -> Path:
+        for i, stage in enumerate(stages):
+            out, source = folder / f"extended-{stage.length}", student
+            student = once(
+                f"extend to {stage.length}" + (f" ({folder.name})" if folder != run else ""),
+                out,
+                lambda source=source, out=out, stage=stage, i=i: extend(  # type: ignore[misc]
+                    source,
+                    recipe.extension_teacher,
+                    out,
+                    data.rows(f"extend {i}", stage.seed),
+                    stage,
+                    recipe.yarn_original_length,
+                ),
+            )
+        return student
+
+    start = converted(run / "converted", recipe.init)
+    aligned = once(
+        "align",
+        run / "aligned",
+        lambda: align(recipe.base, start, run / "aligned", data.rows("align", recipe.align.seed), recipe.align),
+    )
+    stages = {"teacher": recipe.extension_teacher}
+    if recipe.extension_teacher != recipe.base:
+        stages["base"] = recipe.base
+    stages |= {"converted": start, "aligned": aligned, "extended": extended(aligned, run, recipe.extend)}
+    if recipe.controls:
+        first, *rest = recipe.extend
+        longer = [first.model_copy(update={"tokens": first.tokens + recipe.align.tokens}), *rest]
+        stages["control"] = extended(converted(run / "control" / "converted", "random"), run / "control", recipe.extend)
+        stages["no_alignment"] = extended(start, run / "no_alignment", longer)
+    return stages
+
+
+def _evaluate(recipe: Recipe, stages: dict[str, Path], run: Path, console: Console) -> dict[str, dict[str, Any]]:
+    """Evaluates the stages that have no result yet; each stage's result is a file of its own."""
+    files = {name: run / "evaluations" / f"{name}.json" for name in stages}
+    missing = {name: stages[name] for name, file in files.items() if not file.exists()}
+    if missing:
+        console.print(f"evaluate: {', '.join(missing)}")
+        data = TrainingData(recipe.data, read_tokenizer(recipe.base))
+        settings = recipe.evaluate
+        work = Workload(
+            settings.lengths,
+            data.held_out,
+            data.facts,
+            settings.answers,
+            settings.tokens,
+            answers_per_bin=settings.answers_per_bin,
+            seed=recipe.seed,
+        )
+        for name, result in evaluate_models(missing, recipe.extension_teacher, work, settings.precision).items():
+            write_json(files[name], result)
+    return {name: read_json(file, "evaluation") for name, file in files.items()}
+
+
+def build_report(recipe: Recipe, plan: Plan, run: Path, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The report's content: see hylo.report.write_report."""
+    folders = {"align": run / "aligned"} | {f"extend {s.length}": run / f"extended-{s.length}" for s in recipe.extend}
+    for name in ("control", "no_alignment") if recipe.controls else ():
+        folders |= {f"{name} {s.length}": run / name / f"extended-{s.length}" for s in recipe.extend}
+    training = {name: read_metrics(folder / "metrics.jsonl") for name, folder in folders.items()}
+    figures = plan.to_json()
+    return {
+        "title": f"{recipe.base.name} to {plan.layout}",
+        "base": recipe.base.name,
+        "layout": plan.layout,
+        "plan": figures,
+        "kv_percent_of_base": figures["kv_percent_of_base"],
+        "lengths": recipe.evaluate.lengths,
+        "l_short": recipe.align.length,
+        "l_long": recipe.extend[-1].length,
+        "stages": [{"name": name, "metrics": result} for name, result in results.items()],
+        "training": training,
+        "checks": [],
+        "meta": results["extended"]["meta"],
+    }

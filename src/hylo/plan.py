@@ -1,0 +1,195 @@
+"""The plan of a conversion: which layer becomes what, and the parameters, KV cache and recurrent state that follow."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedConfig
+
+from hylo.checkpoint import check_dtype, dtype_of, read_base_config
+from hylo.geometry import (
+    cached_values_per_token,
+    complete_geometry,
+    extra_values_per_token,
+    layer_overhead,
+    mixer_parameters,
+    state_values,
+)
+from hylo.layout import layout_name, parse_layout
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """`parameters` are the whole layer's (mixer, MLP, norms); cache bytes per token and state bytes per sequence."""
+
+    index: int
+    mixer: str
+    parameters: int
+    mixer_parameters: int
+    kv_bytes_per_token: int
+    kv_extra_bytes_per_token: int
+    state_bytes_per_sequence: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `convert` makes of a base. `geometry`: HyloConfig's mixer fields; `dtype`: the weights' and the cache's."""
+
+    base: Path
+    base_config: PreTrainedConfig
+    mixers: list[str]
+    geometry: dict[str, int]
+    dtype: str
+    state_dtype: str
+    layers: list[LayerPlan]
+
+    @property
+    def layout(self) -> str:
+        return layout_name(self.mixers)
+
+    @property
+    def parameters(self) -> int:
+        """All parameters, a head that is tied to the embedding counted once."""
+        return sum(layer.parameters for layer in self.layers) + self._outside_layers(
+            self.base_config.tie_word_embeddings
+        )
+
+    @property
+    def parameters_untied(self) -> int:
+        """All parameters with the head counted apart, as published totals have it."""
+        return sum(layer.parameters for layer in self.layers) + self._outside_layers(False)
+
+    @property
+    def base_parameters(self) -> int:
+        layer = mixer_parameters(self.base_config, "attention", self.geometry) + layer_overhead(self.base_config)
+        return len(self.layers) * layer + self._outside_layers(self.base_config.tie_word_embeddings)
+
+    def _outside_layers(self, tied: bool) -> int:
+        config = self.base_config
+        return (1 if tied else 2) * config.vocab_size * config.hidden_size + config.hidden_size
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return sum(layer.kv_bytes_per_token for layer in self.layers)
+
+    @property
+    def kv_extra_bytes_per_token(self) -> int:
+        """What an exact key norm caches beside MLA's latents (Qwen3); not in `kv_bytes_per_token`."""
+        return sum(layer.kv_extra_bytes_per_token for layer in self.layers)
+
+    @property
+    def base_kv_bytes_per_token(self) -> int:
+        values = cached_values_per_token(self.base_config, "attention", self.geometry)
+        return len(self.layers) * values * check_dtype(self.dtype).itemsize
+
+    @property
+    def kv_percent_of_base(self) -> float:
+        return 100 * self.kv_bytes_per_token / self.base_kv_bytes_per_token
+
+    @property
+    def state_bytes_per_sequence(self) -> int:
+        return sum(layer.state_bytes_per_sequence for layer in self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "layout": self.layout,
+            "parameters": self.parameters,
+            "parameters_untied": self.parameters_untied,
+            "base_parameters": self.base_parameters,
+            "kv_bytes_per_token": self.kv_bytes_per_token,
+            "kv_extra_bytes_per_token": self.kv_extra_bytes_per_token,
+            "base_kv_bytes_per_token": self.base_kv_bytes_per_token,
+            "kv_percent_of_base": self.kv_percent_of_base,
+            "state_bytes_per_sequence": self.state_bytes_per_sequence,
+            "dtype": self.dtype,
+            "state_dtype": self.state_dtype,
+            "geometry": dict(self.geometry),
+            "layers": [
+                {
+                    "index": layer.index,
+                    "mixer": layer.mixer,
+                    "parameters": layer.parameters,
+                    "mixer_parameters": layer.mixer_parameters,
+                }
+                for layer in self.layers
+            ],
+        }
+
+    def print(self, console: Console) -> None:
+        """A table of the layers and the totals."""
+        table = Table(title=f"{self.base.resolve().name}: {self.layout}", title_justify="left")
+        table.add_column("layer", justify="right")
+        table.add_column("mixer", no_wrap=True)
+        for heading in ("mixer parameters", "layer parameters", "KV bytes/token", "state bytes"):
+            table.add_column(heading, justify="right")
+        for layer in self.layers:
+            figures = (
+                layer.mixer_parameters,
+                layer.parameters,
+                layer.kv_bytes_per_token,
+                layer.state_bytes_per_sequence,
+            )
+            table.add_row(str(layer.index), layer.mixer, *(f"{figure:,}" if figure else "-" for figure in figures))
+        console.print(table)
+        console.print(f"geometry: {', '.join(f'{key} {value}' for key, value in self._used_geometry().items())}")
+        untied = f" ({self.parameters_untied:,} with the tied head counted apart)"
+        console.print(
+            f"parameters: {self.parameters:,}{untied if self.base_config.tie_word_embeddings else ''}; "
+            f"base: {self.base_parameters:,}"
+        )
+        extra = f" + {self.kv_extra_bytes_per_token:,} for key norms" if self.kv_extra_bytes_per_token else ""
+        console.print(
+            f"KV cache ({self.dtype}): {self.kv_bytes_per_token:,}{extra} bytes a token, "
+            f"{self.kv_percent_of_base:.1f} % of the base's {self.base_kv_bytes_per_token:,}"
+        )
+        console.print(f"state ({self.state_dtype}): {self.state_bytes_per_sequence:,} bytes a sequence, at any length")
+
+    def _used_geometry(self) -> dict[str, int]:
+        """The keys that matter to the mixers at hand."""
+        prefixes = {
+            "mla": ("kv_", "q_", "qk_", "v_"),
+            "gated_deltanet": ("gdn_", "conv_"),
+            "mamba2": ("mamba_", "conv_"),
+        }
+        used = tuple(prefix for mixer in set(self.mixers) for prefix in prefixes.get(mixer, ()))
+        return {key: value for key, value in self.geometry.items() if key.startswith(used)} if used else {}
+
+
+def make_plan(
+    base: Path,
+    layout: str,
+    mla_layers: Sequence[int] | None = None,
+    geometry: Mapping[str, int] | None = None,
+    dtype: str | None = None,
+    state_dtype: str = "float32",
+) -> Plan:
+    """Plans the conversion of the base directory `base`, of which only config.json is read.
+
+    `mla_layers`: where the A or MLA layers stand. `geometry`: overrides of `default_geometry`. `dtype` (default: the
+    base's) sets the bytes of the KV cache and convolution columns, `state_dtype` those of the recurrent state.
+    Raises HyloError for a base, layout or geometry that does not fit.
+    """
+    config = read_base_config(base)
+    mixers = parse_layout(layout, config.num_hidden_layers, mla_layers)
+    full = complete_geometry(config, geometry or {})
+    dtype = dtype or dtype_of(config)
+    value_bytes, state_bytes = check_dtype(dtype).itemsize, check_dtype(state_dtype).itemsize
+
+    def layer(index: int, mixer: str) -> LayerPlan:
+        parameters = mixer_parameters(config, mixer, full)
+        state, columns = state_values(mixer, full)
+        return LayerPlan(
+            index,
+            mixer,
+            parameters + layer_overhead(config),
+            parameters,
+            cached_values_per_token(config, mixer, full) * value_bytes,
+            extra_values_per_token(config, mixer) * value_bytes,
+            state * state_bytes + columns * value_bytes,
+        )
+
+    layers = [layer(index, mixer) for index, mixer in enumerate(mixers)]
+    return Plan(base, config, mixers, full, dtype, state_dtype, layers)

@@ -1,0 +1,173 @@
+"""The written directory: complete, loadable without a missing key, in the dtype and shards asked for, reproducible."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hylo.convert import check_init, convert
+from hylo.errors import HyloError
+from hylo.modeling import HyloForCausalLM
+from hylo.modeling.loading import load_model
+from hylo.plan import make_plan
+
+WriteBase = Callable[..., Path]
+LAYOUTS = ["3A", "3MLA", "1MLA2GDN", "1A2M2", "3GDN"]
+
+
+def converted(base: Path, layout: str = "1MLA2GDN", name: str = "out", **options: Any) -> Path:
+    out = base.parent / name
+    convert(base, out, make_plan(base, layout), **options)
+    return out
+
+
+@pytest.mark.parametrize("init", ["recipe", "pairs-stride", "pairs-fast", "random"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_every_key_is_there_and_counts_are_the_plans(
+    write_base: WriteBase, family: str, layout: str, init: str
+) -> None:
+    base = write_base(family)
+    out = converted(base, layout, init=init)
+    model, info = HyloForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.num_parameters() == make_plan(base, layout).parameters
+    assert model(torch.arange(12)[None]).logits.isfinite().all()
+
+
+def test_all_but_the_mixers_is_the_bases(write_base: WriteBase) -> None:
+    base = write_base(mlp_bias=True)
+    theirs, ours = load_file(base / "model.safetensors"), load_file(converted(base) / "model.safetensors")
+    kept = [name for name in ours if ".mixer." not in name]
+    assert sorted(kept) == sorted(name for name in theirs if ".self_attn." not in name)
+    assert all(torch.equal(ours[name], theirs[name]) for name in kept)
+
+
+def test_configuration_is_the_bases_and_the_plans(write_base: WriteBase) -> None:
+    base = write_base("qwen3", rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    for init, theta in (("recipe", 5e5), ("pairs-stride", 5e5), ("pairs-fast", 5e5**0.25), ("random", 5e5**0.25)):
+        config = json.loads((converted(base, init=init, name=init) / "config.json").read_text())
+        assert config["mla_rope_parameters"] == {"rope_type": "default", "rope_theta": pytest.approx(theta)}
+        assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 5e5}
+    assert config["model_type"] == "hylo" and config["architectures"] == ["HyloForCausalLM"]
+    assert config["qk_norm"] and config["base_model_type"] == "qwen3"
+    assert config["mixers"] == ["gated_deltanet", "mla", "gated_deltanet"]
+    assert config["max_position_embeddings"] == 256 and config["eos_token_id"] == 2
+    assert config["qk_rope_head_dim"] == 4 and config["kv_lora_rank"] == 16
+
+
+def test_tied_heads_stay_tied(write_base: WriteBase) -> None:
+    out = converted(write_base(tie_word_embeddings=True))
+    assert "lm_head.weight" not in load_file(out / "model.safetensors")
+    model = load_model(out)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_shards_hold_the_same_tensors(write_base: WriteBase) -> None:
+    base = write_base(shard="20KB")
+    whole = load_file(converted(base) / "model.safetensors")
+    out = converted(base, name="sharded", shard_bytes=30_000)
+    shards = sorted(out.glob("*.safetensors"))
+    assert len(shards) > 2 and shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
+    for shard in shards:
+        tensors = load_file(shard)
+        assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= 30_000
+        for name, tensor in tensors.items():
+            assert index["weight_map"][name] == shard.name
+            assert torch.equal(tensor, whole.pop(name))
+    assert not whole
+    load_model(out)
+
+
+def test_dtypes(write_base: WriteBase) -> None:
+    base = write_base(dtype=torch.bfloat16)
+    stated, wide = converted(base), converted(base, name="wide", dtype="float32")
+    assert {t.dtype for t in load_file(stated / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((stated / "config.json").read_text())["dtype"] == "bfloat16"
+    assert {t.dtype for t in load_file(wide / "model.safetensors").values()} == {torch.float32}
+    narrow = load_file(stated / "model.safetensors")
+    for name, tensor in load_file(wide / "model.safetensors").items():  # arithmetic is float32 either way
+        assert torch.equal(tensor.bfloat16(), narrow[name])
+
+
+def test_seeds_decide_what_is_left_to_chance(write_base: WriteBase) -> None:
+    base = write_base()
+    before = torch.random.get_rng_state()
+    first, again, other = (
+        load_file(converted(base, "1MLA2GDN", name, seed=seed) / "model.safetensors")
+        for name, seed in (("first", 0), ("again", 0), ("other", 1))
+    )
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    gates = "model.layers.{}.mixer.g_proj.weight"
+    assert not torch.equal(first[gates.format(0)], other[gates.format(0)])
+    assert not torch.equal(first[gates.format(0)], first[gates.format(2)])
+
+
+def test_random_mixers_know_nothing_of_the_base(write_base: WriteBase) -> None:
+    base = write_base()
+    tensors = load_file(converted(base, "1A2GDN", init="random") / "model.safetensors")
+    theirs = load_file(base / "model.safetensors")["model.layers.1.self_attn.q_proj.weight"]
+    assert not torch.equal(tensors["model.layers.1.mixer.q_proj.weight"], theirs)
+
+
+def test_tokenizer_and_generation_files_come_along(write_base: WriteBase) -> None:
+    base = write_base()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "training_args.bin"):
+        (base / name).write_text(name)
+    out = converted(base)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (out / name).read_bytes() == (base / name).read_bytes()
+    assert not (out / "training_args.bin").exists()
+
+
+def test_progress_is_told_layer_by_layer(write_base: WriteBase) -> None:
+    told: list[tuple[int, int]] = []
+    converted(write_base(), progress=lambda done, total: told.append((done, total)))
+    assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_nothing_is_left_where_conversion_fails(write_base: WriteBase, tmp_path: Path) -> None:
+    base = write_base()
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.2.self_attn.v_proj.weight"].fill_(float("nan"))
+    save_file(tensors, base / "model.safetensors")
+    with pytest.raises(HyloError, match="v_proj"):
+        converted(base)
+    assert [path.name for path in tmp_path.iterdir()] == [base.name]
+
+
+def test_an_output_that_exists_is_kept(write_base: WriteBase) -> None:
+    base = write_base()
+    (base.parent / "out").mkdir()
+    with pytest.raises(HyloError, match="exists already"):
+        converted(base)
+
+
+def test_plans_of_other_bases_are_refused(write_base: WriteBase) -> None:
+    base = write_base()
+    plan = make_plan(base, "1MLA2GDN")
+    (base / "config.json").write_text(
+        json.dumps(json.loads((base / "config.json").read_text()) | {"max_position_embeddings": 512})
+    )
+    with pytest.raises(HyloError, match="plan again"):
+        convert(base, base.parent / "out", plan)
+
+
+def test_initialisations_that_do_not_exist_or_fit_are_named(write_base: WriteBase) -> None:
+    base = write_base()
+    plan = make_plan(base, "1MLA2GDN", geometry={"qk_rope_head_dim": 6})
+    check_init(plan, "pairs-fast")
+    for init, linear_init, named in (
+        ("pairs-stride", "aligned", "qk_rope_head_dim 6 does not divide head_dim 16"),
+        ("pairs", "aligned", "init pairs is not known"),
+        ("recipe", "copied", "linear init copied is not known"),
+    ):
+        with pytest.raises(HyloError, match=named):
+            check_init(plan, init, linear_init)

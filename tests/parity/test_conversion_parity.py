@@ -1,0 +1,107 @@
+"""Conversions that must not change the function, against transformers' own Llama and Qwen3."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging
+
+from hylo.convert import convert
+from hylo.modeling.loading import load_model
+from hylo.plan import make_plan
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def base_logits(directory: Path, family: str, kv_heads: int, rope: dict[str, Any], tokens: Tensor) -> Tensor:
+    """Writes a random base to `directory`, with attention sharp enough to depend on every rotation, and runs it."""
+    config_class, model_class = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}[
+        family
+    ]
+    config = config_class(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        head_dim=16,
+        max_position_embeddings=512,
+        rope_parameters=rope,
+        initializer_range=0.1,
+        tie_word_embeddings=family == "llama",
+    )
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            elif "q_proj" in name or "k_proj" in name:
+                parameter.mul_(2)
+    logging.disable_progress_bar()
+    model.save_pretrained(directory)
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def student_logits(base: Path, layout: str, init: str, geometry: dict[str, int], tokens: Tensor) -> Tensor:
+    out = base.parent / "student"
+    convert(base, out, make_plan(base, layout, geometry=geometry), init=init)
+    with torch.no_grad():
+        return load_model(out)(tokens).logits
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(0, 97, (2, 80))
+
+
+@pytest.mark.parametrize("family, rope", [("llama", LLAMA3), ("llama", PLAIN), ("qwen3", PLAIN)])
+def test_attention_alone_is_the_base(tmp_path: Path, tokens: Tensor, family: str, rope: dict[str, Any]) -> None:
+    expected = base_logits(tmp_path / "base", family, 2, rope, tokens)
+    actual = student_logits(tmp_path / "base", "3A", "pairs-fast", {}, tokens)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+
+FULL = {"qk_rope_head_dim": 16, "kv_lora_rank": 16, "q_lora_rank": 64}
+
+
+@pytest.mark.parametrize("init", ["pairs-fast", "pairs-stride"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_latent_attention_at_full_rank_and_one_kv_head_is_the_base(
+    tmp_path: Path, tokens: Tensor, family: str, init: str
+) -> None:
+    expected = base_logits(tmp_path / "base", family, 1, PLAIN, tokens)
+    actual = student_logits(tmp_path / "base", "3MLA", init, FULL, tokens)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_the_recipes_slice_is_not_the_base(tmp_path: Path, tokens: Tensor, family: str) -> None:
+    """It breaks the pairs that the base was trained with, so that nothing is exact even at full rank."""
+    expected = base_logits(tmp_path / "base", family, 1, PLAIN, tokens)
+    actual = student_logits(tmp_path / "base", "3MLA", "recipe", FULL, tokens)
+    assert (actual - expected).abs().mean() > 0.1 * expected.std()
+
+
+def test_whole_pairs_come_closer_than_the_recipes_slice(tmp_path: Path, tokens: Tensor) -> None:
+    """Half of every head rotated, full rank, one kv head: fast pairs first, then pairs at a stride, then the slice."""
+    expected = base_logits(tmp_path / "base", "llama", 1, PLAIN | {"rope_theta": 500000.0}, tokens)
+    errors = {}
+    for init in ("pairs-fast", "pairs-stride", "recipe"):
+        geometry = {"qk_rope_head_dim": 8, "kv_lora_rank": 24, "q_lora_rank": 64}
+        convert(tmp_path / "base", tmp_path / init, make_plan(tmp_path / "base", "3MLA", geometry=geometry), init=init)
+        with torch.no_grad():
+            errors[init] = (load_model(tmp_path / init)(tokens).logits - expected).square().mean().item()
+    assert errors["pairs-fast"] < errors["pairs-stride"] < errors["recipe"], errors

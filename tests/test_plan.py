@@ -1,0 +1,260 @@
+"""The plan against published totals, and against models that are really built."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hylo.convert import hylo_config
+from hylo.errors import HyloError
+from hylo.geometry import default_geometry
+from hylo.modeling import HyloForCausalLM
+from hylo.plan import make_plan
+
+
+def llama(hidden: int, layers: int, intermediate: int, heads: int, kv: int, **others: Any) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 128256,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        **others,
+    }
+
+
+def qwen3(hidden: int, layers: int, intermediate: int, heads: int, **others: Any) -> dict[str, Any]:
+    config = llama(hidden, layers, intermediate, heads, 8, head_dim=128, vocab_size=151936, rope_scaling=None)
+    names = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "use_sliding_window": False}
+    return config | names | {"sliding_window": None} | others
+
+
+BASES = {
+    "Llama-3.2-1B": llama(2048, 16, 8192, 32, 8, head_dim=64),
+    "Llama-3.2-3B": llama(3072, 28, 8192, 24, 8, head_dim=128),
+    "Llama-3.1-8B": llama(4096, 32, 14336, 32, 8, tie_word_embeddings=False),
+    "Qwen3-0.6B": qwen3(1024, 28, 3072, 16),
+    "Qwen3-1.7B": qwen3(2048, 28, 6144, 16),
+    "Qwen3-4B": qwen3(2560, 36, 9728, 32),
+    "Qwen3-8B": qwen3(4096, 36, 12288, 32, tie_word_embeddings=False),
+    "SmolLM2-135M": llama(576, 30, 1536, 9, 3, vocab_size=49152),
+    "SmolLM2-360M": llama(960, 32, 2560, 15, 5, vocab_size=49152),
+    "SmolLM2-1.7B": llama(2048, 24, 8192, 32, 32, vocab_size=49152),
+    "demo": llama(128, 6, 384, 4, 2, head_dim=64, vocab_size=2560, torch_dtype="float32", rope_scaling=None),
+}
+TINY = {
+    "llama": llama(48, 3, 80, 4, 2, head_dim=16, vocab_size=96, mlp_bias=True, rope_scaling=None),
+    "qwen3": qwen3(48, 3, 80, 4, num_key_value_heads=2, head_dim=16, vocab_size=96),
+}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Any:
+    def write(config: dict[str, Any]) -> Path:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "name, layout, parameters, percent",
+    [
+        ("Llama-3.2-1B", "4MLA12GDN", 1_673_797_776, 3.9),
+        ("Llama-3.2-1B", "8MLA8GDN", None, 7.8),
+        ("Llama-3.2-1B", "4MLA12M2", None, 3.9),
+        ("Llama-3.2-3B", "6MLA22GDN", None, 2.0),
+        ("Llama-3.2-3B", "14MLA14GDN", 3_971_381_500, 4.7),
+        ("Llama-3.2-3B", "14MLA14M2", None, 4.7),
+        ("Qwen3-1.7B", "7MLA21GDN", None, 3.9),
+        ("Qwen3-1.7B", "14MLA14M2", 2_065_541_280, 7.8),
+    ],
+)
+def test_published_totals(base: Any, name: str, layout: str, parameters: int | None, percent: float) -> None:
+    figures = make_plan(base(BASES[name]), layout).to_json()
+    if parameters is not None:
+        assert figures["parameters_untied"] == parameters
+    assert round(figures["kv_percent_of_base"], 1) == percent
+    tied = BASES[name]["vocab_size"] * BASES[name]["hidden_size"]
+    assert figures["parameters"] == figures["parameters_untied"] - tied
+
+
+@pytest.mark.parametrize(
+    "name, layout, mixer, parameters",
+    [
+        ("Llama-3.2-1B", "16MLA", "mla", 10_125_312),
+        ("Llama-3.2-3B", "28MLA", "mla", 19_660_800),
+        ("Qwen3-1.7B", "28MLA", "mla", 10_748_160),
+        ("Llama-3.2-1B", "16GDN", "gated_deltanet", 25_215_500),
+        ("Llama-3.2-3B", "28GDN", "gated_deltanet", 56_715_794),
+        ("Qwen3-1.7B", "28GDN", "gated_deltanet", 25_215_500),
+        ("Llama-3.2-1B", "16M2", "mamba2", 14_763_104),
+        ("Llama-3.2-3B", "28M2", "mamba2", 34_705_480),
+        ("Qwen3-1.7B", "28M2", "mamba2", 16_832_560),
+    ],
+)
+def test_published_mixers(base: Any, name: str, layout: str, mixer: str, parameters: int) -> None:
+    layer = make_plan(base(BASES[name]), layout).to_json()["layers"][3]
+    assert (layer["index"], layer["mixer"], layer["mixer_parameters"]) == (3, mixer, parameters)
+
+
+def test_published_geometry(base: Any) -> None:
+    plan = make_plan(base(BASES["Llama-3.2-3B"]), "6MLA22GDN")
+    assert plan.geometry == {
+        "kv_lora_rank": 128,
+        "q_lora_rank": 1536,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "conv_kernel_size": 4,
+        "gdn_num_heads": 9,
+        "gdn_head_dim": 256,
+        "gdn_expand_v": 2,
+        "mamba_d_state": 128,
+        "mamba_head_dim": 128,
+        "mamba_num_heads": 24,
+        "mamba_d_inner": 3072,
+        "mamba_d_xb": 1024,
+    }
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_every_base_has_a_default_geometry_that_fits(base: Any, name: str) -> None:
+    layers = BASES[name]["num_hidden_layers"]
+    attention = layers // 4 + 1
+    plan = make_plan(base(BASES[name]), f"{attention}MLA{layers - attention}GDN")
+    assert plan.geometry == default_geometry(plan.base_config)
+    assert plan.kv_percent_of_base < 10
+    assert 0.9 < plan.parameters / plan.base_parameters < 1.5
+
+
+def test_the_demo_base_keeps_less_than_a_tenth_of_its_cache(base: Any) -> None:
+    plan = make_plan(base(BASES["demo"]), "2MLA4GDN")
+    assert plan.kv_percent_of_base == pytest.approx(100 * 2 * (48 + 16) / (6 * 2 * 2 * 64))
+
+
+@pytest.mark.parametrize("layout", ["3A", "3MLA", "3GDN", "3M2", "1A2M2", "1MLA2GDN"])
+@pytest.mark.parametrize("family", TINY)
+def test_formulas_count_what_a_model_has(base: Any, family: str, layout: str) -> None:
+    overrides = {"qk_rope_head_dim": 4, "gdn_num_heads": 3, "gdn_head_dim": 8, "conv_kernel_size": 3}
+    plan = make_plan(base(TINY[family]), layout, geometry=overrides)
+    with torch.device("meta"):
+        model = HyloForCausalLM(hylo_config(plan.base_config, plan.mixers, plan.geometry, "pairs-fast"))
+        original = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(plan.base))
+    assert plan.parameters == model.num_parameters()
+    assert plan.base_parameters == original.num_parameters()
+    for layer, built in zip(plan.layers, model.model.layers, strict=True):
+        assert layer.parameters == sum(p.numel() for p in built.parameters())
+        assert layer.mixer_parameters == sum(p.numel() for p in built.mixer.parameters())
+
+
+@pytest.mark.parametrize("name, layout", [("Llama-3.2-1B", "4MLA12GDN"), ("Qwen3-1.7B", "14MLA14M2")])
+def test_formulas_count_what_a_real_size_has(base: Any, name: str, layout: str) -> None:
+    plan = make_plan(base(BASES[name]), layout)
+    with torch.device("meta"):
+        model = HyloForCausalLM(hylo_config(plan.base_config, plan.mixers, plan.geometry, "recipe"))
+    assert plan.parameters == model.num_parameters()
+
+
+@pytest.mark.parametrize("layout", ["3A", "3MLA", "3GDN", "3M2", "1MLA2GDN", "1A2M2"])
+@pytest.mark.parametrize("family", TINY)
+def test_cache_bytes_are_those_of_a_filled_cache(base: Any, family: str, layout: str) -> None:
+    plan = make_plan(base(TINY[family]), layout, dtype="bfloat16")
+    config = hylo_config(plan.base_config, plan.mixers, plan.geometry, "pairs-fast")
+    model = HyloForCausalLM(config).to(torch.bfloat16).eval()
+    with torch.no_grad():
+        cache = model(torch.arange(7)[None], use_cache=True).past_key_values
+    growing = state = 0
+    for mixer, layer in zip(plan.mixers, cache.layers, strict=True):
+        if mixer in ("attention", "mla"):
+            growing += layer.keys.nbytes + layer.values.nbytes
+        else:
+            state += layer.conv_states[0].nbytes + layer.recurrent_states[0].nbytes
+    assert growing == 7 * (plan.kv_bytes_per_token + plan.kv_extra_bytes_per_token)
+    assert state == plan.state_bytes_per_sequence
+
+
+def test_bytes_follow_the_dtypes(base: Any) -> None:
+    directory = base(BASES["Llama-3.2-1B"])
+    stated, wide = make_plan(directory, "4MLA12GDN"), make_plan(directory, "4MLA12GDN", dtype="float32")
+    assert stated.kv_bytes_per_token == 4 * (128 + 32) * 2
+    assert stated.base_kv_bytes_per_token == 16 * 2 * 512 * 2
+    assert wide.kv_bytes_per_token == 2 * stated.kv_bytes_per_token
+    recurrent, columns = 12 * 6 * 256 * 512, 12 * 3 * (1536 + 1536 + 3072)
+    assert stated.state_bytes_per_sequence == 4 * recurrent + 2 * columns
+    narrow = make_plan(directory, "4MLA12GDN", state_dtype="bfloat16")
+    assert narrow.state_bytes_per_sequence == 2 * recurrent + 2 * columns
+
+
+def test_exact_key_norms_are_a_figure_of_their_own(base: Any) -> None:
+    plan = make_plan(base(BASES["Qwen3-1.7B"]), "7MLA21GDN")
+    assert plan.kv_bytes_per_token == 7 * (256 + 64) * 2
+    assert plan.kv_extra_bytes_per_token == 7 * 8 * 2
+
+
+def test_dependent_widths_follow_overrides(base: Any) -> None:
+    directory = base(BASES["demo"])
+    geometry = make_plan(directory, "6MLA", geometry={"qk_rope_head_dim": 64}).geometry
+    assert geometry["qk_nope_head_dim"] == 0
+    geometry = make_plan(directory, "6MLA", geometry={"qk_nope_head_dim": 40}).geometry
+    assert geometry["qk_rope_head_dim"] == 24
+    geometry = make_plan(directory, "6M2", geometry={"mamba_num_heads": 2, "mamba_head_dim": 128}).geometry
+    assert (geometry["mamba_d_inner"], geometry["mamba_d_state"]) == (256, 128)
+
+
+@pytest.mark.parametrize(
+    "overrides, named",
+    [
+        ({"kv_lora_rank": 129}, "kv_lora_rank is 129.*224 x 128.*at most 128"),
+        ({"q_lora_rank": 129}, "q_lora_rank is 129"),
+        ({"q_lora_rank": 0}, "q_lora_rank is 0"),
+        ({"qk_rope_head_dim": 15}, "qk_rope_head_dim is 15"),
+        ({"qk_rope_head_dim": 66}, "qk_rope_head_dim is 66"),
+        ({"qk_rope_head_dim": 0}, "qk_rope_head_dim is 0"),
+        ({"qk_rope_head_dim": 16, "qk_nope_head_dim": 16}, "qk_nope_head_dim is 16"),
+        ({"v_head_dim": 32}, "v_head_dim is 32"),
+        ({"gdn_num_heads": 0}, "gdn_num_heads is 0"),
+        ({"conv_kernel_size": 1}, "conv_kernel_size is 1"),
+        ({"mamba_d_inner": 100}, "mamba_d_inner is 100"),
+        ({"mamba_d_xb": 192}, "mamba_d_xb is 192"),
+        ({"latent": 3}, "no latent"),
+        ({"gdn_head_dim": 2.5}, "gdn_head_dim is 2.5"),
+    ],
+)
+def test_geometry_that_does_not_fit_is_named(base: Any, overrides: dict[str, Any], named: str) -> None:
+    with pytest.raises(HyloError, match=named) as error:
+        make_plan(base(BASES["demo"]), "2MLA4GDN", geometry=overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_dtypes_are_named(base: Any) -> None:
+    with pytest.raises(HyloError, match="float8"):
+        make_plan(base(BASES["demo"]), "2MLA4GDN", dtype="float8")
+
+
+def test_the_table_shows_every_layer_and_the_totals(base: Any) -> None:
+    console = Console(width=120, record=True, file=io.StringIO())
+    make_plan(base(BASES["Qwen3-1.7B"]), "7MLA21GDN").print(console)
+    text = console.export_text()
+    assert text.count("gated_deltanet") == 21
+    assert "3.9 %" in text
+    assert "kv_lora_rank 256" in text and "mamba" not in text
