@@ -12,6 +12,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hylo.data.retrieval import KEYS, VALUES
+
 TEXT = "".join(f"The {n}th row of the table says that {n * n} is the square of {n}.\n" for n in range(900))
 
 
@@ -30,14 +32,15 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of three layers with random weights and a tokenizer of 300 tokens, as a user's checkpoint lies on disk."""
+    """A Llama of three layers with random weights and a tokenizer of at most 700 tokens, as a checkpoint on disk."""
     directory = tmp_path_factory.mktemp("bases") / "tiny-llama"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator([TEXT], trainer)
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=["<|end|>"], initial_alphabet=alphabet)
+    facts = " ".join(f"# remember {word}\n" for word in KEYS + VALUES)
+    tokenizer.train_from_iterator([TEXT, *[facts] * 20], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
     fast.save_pretrained(directory)
     torch.manual_seed(0)

@@ -1,6 +1,7 @@
 """What a model directory in Hugging Face format holds, checked: a base's config.json, and safetensors, read lazily."""
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +165,26 @@ def names(items: list[str], at_most: int = 4) -> str:
     """A list of tensor names short enough for one line."""
     more = f" and {len(items) - at_most} more" if len(items) > at_most else ""
     return ", ".join(items[:at_most]) + more
+
+
+COMPANIONS = (  # what a model directory holds beside configuration and weights
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies the tokenizer's files and generation_config.json, whichever exist."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    if (source / "additional_chat_templates").is_dir():
+        shutil.copytree(source / "additional_chat_templates", target / "additional_chat_templates")

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 from pydantic import ValidationError
 from rich.console import Console
+from rich.progress import Progress
 from transformers.utils import logging as transformers_logging
 
 from hylo.errors import HyloError
@@ -67,17 +68,29 @@ def convert(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
 ) -> None:
     """Replaces the base's attention by the layout's mixers, initialised from it."""
+    from hylo.convert import check_init, read_base
     from hylo.convert import convert as run
-    from hylo.convert import read_base
     from hylo.plan import make_plan
 
     result = make_plan(base, layout, _indices(mla_layers), _geometry(geometry), dtype)
     result.print(console)
     _absent(out)
-    read_base(base)  # an incomplete base is named in a dry run too
+    check_init(result, init, linear_init)  # what is wrong is said in a dry run too
+    read_base(base)
     if dry_run:
         return
-    run(base, out, result, init=init, linear_init=linear_init, seed=seed, dtype=dtype)
+    with Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("convert", total=len(result.mixers))
+        run(
+            base,
+            out,
+            result,
+            init=init,
+            linear_init=linear_init,
+            seed=seed,
+            dtype=dtype,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
     console.print(f"wrote {out}")
 
 
@@ -169,7 +182,6 @@ def evaluate(
     from hylo.evaluate.evaluate import evaluate as run
     from hylo.evaluate.evaluate import print_results
     from hylo.files import write_json
-    from hylo.modeling.loading import load_model  # noqa: F401  a bad directory is named before its tokenizer is
     from hylo.pipeline import read_tokenizer
 
     tokenizer = read_tokenizer(model)

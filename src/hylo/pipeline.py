@@ -34,10 +34,12 @@ def upcycle(recipe: Recipe, run: Path, console: Console) -> dict[str, Any]:
     """Plans, converts, aligns, extends, evaluates and reports; returns the report. Raises HyloError on bad input."""
     plan = make_plan(recipe.base, recipe.layout, recipe.mla_layers, recipe.geometry, recipe.dtype)
     plan.print(console)
+    data = TrainingData(recipe.data, read_tokenizer(recipe.base))
+    work = workload(recipe, data)
     _claim(run, recipe)
     write_json(run / "plan.json", plan.to_json())
-    stages = _train(recipe, plan, run, console)
-    results = _evaluate(recipe, stages, run, console)
+    stages = _train(recipe, plan, data, run, console)
+    results = _evaluate(recipe, stages, work, run, console)
     print_results(results, console)
     report = build_report(recipe, plan, run, results)
     write_report(run, report)
@@ -95,9 +97,26 @@ def _claim(run: Path, recipe: Recipe) -> None:
     write_text(path, text)
 
 
-def _train(recipe: Recipe, plan: Plan, run: Path, console: Console) -> dict[str, Path]:
+def workload(recipe: Recipe, data: TrainingData) -> Workload:
+    """What every stage is evaluated on; lengths that the text cannot fill are named now, not after the training."""
+    settings = recipe.evaluate
+    work = Workload(
+        settings.lengths,
+        data.held_out,
+        data.facts,
+        settings.answers,
+        settings.tokens,
+        answers_per_bin=settings.answers_per_bin,
+        seed=recipe.seed,
+    )
+    for stage in (recipe.align, *recipe.extend):  # the same for training text
+        data.rows("", stage.seed)(stage.length, 1)
+    work.rows  # noqa: B018  computed here, and kept
+    return work
+
+
+def _train(recipe: Recipe, plan: Plan, data: TrainingData, run: Path, console: Console) -> dict[str, Path]:
     """Writes the model directories that are missing; returns the directory of every stage to evaluate."""
-    data = TrainingData(recipe.data, read_tokenizer(recipe.base))
 
     def once(name: str, directory: Path, make: Callable[[], None]) -> Path:
         if directory.exists():
@@ -159,34 +178,34 @@ def _train(recipe: Recipe, plan: Plan, run: Path, console: Console) -> dict[str,
     return stages
 
 
-def _evaluate(recipe: Recipe, stages: dict[str, Path], run: Path, console: Console) -> dict[str, dict[str, Any]]:
+def _evaluate(
+    recipe: Recipe, stages: dict[str, Path], work: Workload, run: Path, console: Console
+) -> dict[str, dict[str, Any]]:
     """Evaluates the stages that have no result yet; each stage's result is a file of its own."""
     files = {name: run / "evaluations" / f"{name}.json" for name in stages}
     missing = {name: stages[name] for name, file in files.items() if not file.exists()}
     if missing:
         console.print(f"evaluate: {', '.join(missing)}")
-        data = TrainingData(recipe.data, read_tokenizer(recipe.base))
-        settings = recipe.evaluate
-        work = Workload(
-            settings.lengths,
-            data.held_out,
-            data.facts,
-            settings.answers,
-            settings.tokens,
-            answers_per_bin=settings.answers_per_bin,
-            seed=recipe.seed,
-        )
-        for name, result in evaluate_models(missing, recipe.extension_teacher, work, settings.precision).items():
+        precision = recipe.evaluate.precision
+        for name, result in evaluate_models(missing, recipe.extension_teacher, work, precision):
             write_json(files[name], result)
     return {name: read_json(file, "evaluation") for name, file in files.items()}
 
 
 def build_report(recipe: Recipe, plan: Plan, run: Path, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The report's content: see hylo.report.write_report."""
-    folders = {"align": run / "aligned"} | {f"extend {s.length}": run / f"extended-{s.length}" for s in recipe.extend}
+    trained = {"aligned": {"align": run / "aligned"}}
+    trained["extended"] = {f"extend {stage.length}": run / f"extended-{stage.length}" for stage in recipe.extend}
     for name in ("control", "no_alignment") if recipe.controls else ():
-        folders |= {f"{name} {s.length}": run / name / f"extended-{s.length}" for s in recipe.extend}
-    training = {name: read_metrics(folder / "metrics.jsonl") for name, folder in folders.items()}
+        trained[name] = {f"{name} {stage.length}": run / name / f"extended-{stage.length}" for stage in recipe.extend}
+    training = {
+        name: {part: read_metrics(folder / "metrics.jsonl") for part, folder in parts.items()}
+        for name, parts in trained.items()
+    }
+
+    def cost(name: str, figure: str) -> float:
+        return sum(steps[-1][figure] for steps in training.get(name, {}).values())
+
     figures = plan.to_json()
     return {
         "title": f"{recipe.base.name} to {plan.layout}",
@@ -197,8 +216,11 @@ def build_report(recipe: Recipe, plan: Plan, run: Path, results: dict[str, dict[
         "lengths": recipe.evaluate.lengths,
         "l_short": recipe.align.length,
         "l_long": recipe.extend[-1].length,
-        "stages": [{"name": name, "metrics": result} for name, result in results.items()],
-        "training": training,
+        "stages": [
+            {"name": name, "metrics": result, "tokens": cost(name, "tokens"), "seconds": cost(name, "seconds")}
+            for name, result in results.items()
+        ],
+        "training": {part: steps for parts in training.values() for part, steps in parts.items()},
         "checks": [],
         "meta": results["extended"]["meta"],
     }

@@ -113,6 +113,9 @@ class Plan:
                     "mixer": layer.mixer,
                     "parameters": layer.parameters,
                     "mixer_parameters": layer.mixer_parameters,
+                    "kv_bytes_per_token": layer.kv_bytes_per_token,
+                    "kv_extra_bytes_per_token": layer.kv_extra_bytes_per_token,
+                    "state_bytes_per_sequence": layer.state_bytes_per_sequence,
                 }
                 for layer in self.layers
             ],

@@ -67,14 +67,14 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_perplexity_is_that_of_transformers_loss(small_pieces: None) -> None:
-    model, rows = llama(), text_rows(STREAM, 48, 300, seed=0)
+    model, rows = llama(), text_rows(STREAM, [48], 300, seed=0)[48]
     with torch.no_grad():
         expected = model(input_ids=rows, labels=rows).loss.exp().item()
     assert text_score(Scorer(model), rows).perplexity == pytest.approx(expected, rel=1e-4)
 
 
 def test_kl_is_that_of_torch_on_full_logits(small_pieces: None) -> None:
-    student, teacher, rows = llama(1), llama(2, hidden=64), text_rows(STREAM, 48, 300, seed=0)
+    student, teacher, rows = llama(1), llama(2, hidden=64), text_rows(STREAM, [48], 300, seed=0)[48]
     with torch.no_grad():
         q, p = (m(rows).logits.double().log_softmax(-1).flatten(0, 1) for m in (student, teacher))
     expected = F.kl_div(q, p, reduction="batchmean", log_target=True).item()
@@ -84,7 +84,7 @@ def test_kl_is_that_of_torch_on_full_logits(small_pieces: None) -> None:
 
 
 def test_a_teacher_reads_every_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher, rows = Teacher(llama()), text_rows(STREAM, 48, 300, seed=0)
+    teacher, rows = Teacher(llama()), text_rows(STREAM, [48], 300, seed=0)[48]
     first = text_score(Scorer(llama(1)), rows, teacher)
     monkeypatch.setattr(teacher, "hidden", lambda ids: pytest.fail("read again"))
     assert text_score(Scorer(llama(1)), rows, teacher) == first
@@ -102,7 +102,7 @@ def test_hybrid(small_pieces: None) -> None:
         mixers=["attention", "mla", "gated_deltanet", "mamba2"],
         initializer_range=0.2,
     )
-    model, rows = HyloForCausalLM(config).eval(), text_rows(STREAM, 48, 300, seed=0)
+    model, rows = HyloForCausalLM(config).eval(), text_rows(STREAM, [48], 300, seed=0)[48]
     with torch.no_grad():
         output = model(input_ids=rows, labels=rows)
         p = llama()(rows).logits
@@ -112,15 +112,16 @@ def test_hybrid(small_pieces: None) -> None:
     assert score.kl == pytest.approx(F.kl_div(q, p, reduction="batchmean", log_target=True).item(), rel=1e-4)
 
 
-def test_text_rows_are_distinct_windows() -> None:
+def test_text_rows_are_distinct_windows_of_the_same_text() -> None:
     stream = np.arange(1000)
-    rows = text_rows(stream, 64, 640, seed=3)
-    assert rows.shape == (10, 64) and rows.unique().numel() == 640
-    assert (rows.diff(dim=1) == 1).all()
-    assert torch.equal(rows, text_rows(stream, 64, 640, seed=3))
-    assert not torch.equal(rows, text_rows(stream, 64, 640, seed=4))
-    assert text_rows(stream, 300, 10_000, seed=3).shape == (3, 300)  # all that there is
-    assert text_rows(stream, 300, 10, seed=3).shape == (1, 300)
+    rows = text_rows(stream, [16, 50, 64], 640, seed=3)
+    assert {n: tuple(r.shape) for n, r in rows.items()} == {16: (40, 16), 50: (10, 50), 64: (10, 64)}
+    assert rows[64].unique().numel() == 640 and (rows[64].diff(dim=1) == 1).all()
+    assert torch.equal(rows[16].flatten(), rows[64].flatten()) and torch.equal(rows[50], rows[64][:, :50])
+    assert torch.equal(rows[64], text_rows(stream, [64], 640, seed=3)[64])
+    assert not torch.equal(rows[64], text_rows(stream, [64], 640, seed=4)[64])
+    assert text_rows(stream, [300], 10_000, seed=3)[300].shape == (3, 300)  # all that there is
+    assert text_rows(stream, [300], 10, seed=3)[300].shape == (1, 300)
 
 
 @pytest.mark.parametrize("answers, rows", [(10, 3), (12, 3), (1, 2)])
@@ -174,9 +175,9 @@ def test_result_in_memory(tmp_path: Path) -> None:
     for key in ("needle", "needle_se", "needle_depth", "needle_answers", "kl", "perplexity", "tokens"):
         assert list(result[key]) == ["80", "128"], key
     assert result["needle_answers"] == {"80": 12, "128": 12}  # at least 10, in rows of 4
-    assert result["tokens"] == {"80": 400, "128": 384}
+    assert result["tokens"] == {"80": 240, "128": 384}
     assert [len(bins) for bins in result["needle_depth"].values()] == [4, 4]
-    assert sum(read) == work.tokens_read == 3 * 80 + 400 + 3 * 128 + 384
+    assert sum(read) == work.tokens_read == 3 * 80 + 240 + 3 * 128 + 384
     assert result["meta"]["seed"] == 5 and set(result["meta"]["versions"]) == {"hylo", "torch", "transformers"}
     assert "kl" not in evaluate_model(llama(1), None, work)
 
@@ -191,7 +192,7 @@ def test_directories(tmp_path: Path) -> None:
     llama(2).save_pretrained(tmp_path / "teacher")
     work = Workload([80], STREAM, FACTS, answers=8, tokens=160, needles=4, seed=5)
     folders = {"teacher": tmp_path / "teacher", "student": tmp_path / "student"}
-    results = evaluate_models(folders, tmp_path / "teacher", work)
+    results = dict(evaluate_models(folders, tmp_path / "teacher", work))
     alone = evaluate(
         folders["student"], folders["teacher"], [80], STREAM, FACTS, answers=8, tokens=160, needles=4, seed=5
     )

@@ -1,6 +1,5 @@
 """Conversion: a base directory and a plan in, a hybrid directory out, layer by layer."""
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from hylo.checkpoint import check_dtype
+from hylo.checkpoint import check_dtype, copy_companions
 from hylo.convert.base import BaseCheckpoint, read_base
 from hylo.convert.linear import fill_gated_deltanet, fill_mamba2
 from hylo.convert.mla import fill_mla, rope_theta, split_rows
@@ -23,18 +22,6 @@ from hylo.plan import Plan
 
 INITS = ("recipe", "pairs-stride", "pairs-fast", "random")
 LINEAR_INITS = ("recipe", "aligned")
-COMPANIONS = (  # what a model directory holds beside configuration and weights
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 def convert(
@@ -169,12 +156,3 @@ def check_init(plan: Plan, init: str, linear_init: str = "aligned") -> None:
         raise HyloError(f"linear init {linear_init} is not known; choose one of {', '.join(LINEAR_INITS)}")
     if "mla" in plan.mixers:
         split_rows(plan.base_config.head_dim, plan.geometry["qk_rope_head_dim"], init)
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copies the tokenizer's files and generation_config.json, whichever exist."""
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    if (source / "additional_chat_templates").is_dir():
-        shutil.copytree(source / "additional_chat_templates", target / "additional_chat_templates")

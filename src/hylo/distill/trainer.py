@@ -15,7 +15,7 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
-from hylo.convert.convert import copy_companions
+from hylo.checkpoint import copy_companions
 from hylo.data.rows import RowDataset
 from hylo.distill.metrics import StepMetrics
 from hylo.distill.settings import Training

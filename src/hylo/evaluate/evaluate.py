@@ -1,7 +1,7 @@
 """Evaluates model directories on the same rows: one result per model, as JSON keeps it."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -47,12 +47,10 @@ class Workload:
     def rows(self) -> dict[int, tuple[list[NeedleRow], torch.Tensor]]:
         """By length, the rows with needles and the rows of plain text (R, T). HyloError if a length does not fit."""
         answers = self.answers * (self.needles if self.answers_per_bin else 1)
+        texts = text_rows(self.stream, self.lengths, self.tokens, self.seed)
         return {
-            length: (
-                needle_rows(self.stream, length, self.facts, answers, self.needles, self.seed),
-                text_rows(self.stream, length, self.tokens, self.seed),
-            )
-            for length in self.lengths
+            n: (needle_rows(self.stream, n, self.facts, answers, self.needles, self.seed), texts[n])
+            for n in self.lengths
         }
 
     @property
@@ -81,13 +79,13 @@ def evaluate(
     Raises HyloError if a directory is unusable, the vocabularies differ, or the text or a length is too short.
     """
     work = Workload(lengths, stream, facts, answers, tokens, needles, answers_per_bin, seed)
-    return evaluate_models({model.name: model}, teacher, work, precision)[model.name]
+    return next(evaluate_models({model.name: model}, teacher, work, precision))[1]
 
 
 def evaluate_models(
     models: Mapping[str, Path], teacher: Path | None, work: Workload, precision: str = "float32"
-) -> dict[str, dict[str, Any]]:
-    """Evaluates several directories one after the other; the teacher reads each row once for all of them.
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Evaluates several directories, giving each result as it comes; the teacher reads each row once for all of them.
 
     The teacher's own directory among the models gets no "kl". Shows progress on standard error.
     """
@@ -100,17 +98,18 @@ def evaluate_models(
 
     total = work.tokens_read * len(models)  # before any model is loaded, so that bad lengths are found at once
     guide = None if teacher is None else Teacher(load(teacher))
-    results = {}
     with _progress() as progress:
         task = progress.add_task("", total=total)
         for name, directory in models.items():
             progress.update(task, description=name)
             is_teacher = teacher is not None and directory.resolve() == teacher.resolve()
             model = guide.model if is_teacher and guide else load(directory)
-            results[name] = evaluate_model(
-                model, None if is_teacher else guide, work, lambda tokens: progress.advance(task, tokens)
+            yield (
+                name,
+                evaluate_model(
+                    model, None if is_teacher else guide, work, lambda tokens: progress.advance(task, tokens)
+                ),
             )
-    return results
 
 
 def evaluate_model(

@@ -21,7 +21,7 @@ class Scorer:
         self.vocabulary = self.head.shape[0]
         self.device = self.head.device
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
         """Final hidden states of rows without padding: (B, T) -> (B, T, D)."""
         return self.model.base_model(input_ids=ids.to(self.device), use_cache=False).last_hidden_state

@@ -18,22 +18,24 @@ class TextScore:
     tokens: int
 
 
-def text_rows(stream: np.ndarray, length: int, tokens: int, seed: int) -> torch.Tensor:
-    """Windows of a token stream that do not overlap, about `tokens` in all and one at least: (R, T) int64.
+def text_rows(stream: np.ndarray, lengths: list[int], tokens: int, seed: int) -> dict[int, torch.Tensor]:
+    """By length, windows of a token stream without overlap: (R, T) int64, about `tokens` in all, one row at least.
 
-    Raises HyloError if the stream is shorter than one window.
+    Windows of the longest length are drawn, and cut up for the shorter ones: every length reads the same text, so that
+    figures differ by context alone. Raises HyloError if the stream is shorter than the longest.
     """
-    slots = len(stream) // length
+    longest = max(lengths)
+    slots = len(stream) // longest
     if slots == 0:
-        raise HyloError(f"the held-out text has {len(stream)} tokens, fewer than one row of {length}; give more text")
-    rng = np.random.default_rng((seed, length))
-    offset = rng.integers(0, len(stream) - slots * length + 1)
-    chosen = rng.permutation(slots)[: max(1, tokens // length)]
-    rows = [stream[start : start + length] for start in offset + chosen * length]
-    return torch.from_numpy(np.stack(rows).astype(np.int64))
+        raise HyloError(f"the held-out text has {len(stream)} tokens, fewer than one row of {longest}; give more text")
+    rng = np.random.default_rng(seed)
+    offset = rng.integers(0, len(stream) - slots * longest + 1)
+    starts = offset + longest * rng.permutation(slots)[: max(1, tokens // longest)]
+    windows = torch.from_numpy(np.stack([stream[start : start + longest] for start in starts]).astype(np.int64))
+    return {n: windows[:, : longest // n * n].reshape(-1, n) for n in lengths}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def text_score(student: Scorer, rows: torch.Tensor, teacher: Teacher | None = None) -> TextScore:
     """Scores every position of rows (R, T): the T - 1 next tokens for perplexity, all T distributions for KL.
 

@@ -61,7 +61,7 @@ def draw_figures(report: Report) -> dict[str, Drawing]:
     for name, draw in figures.items():
         with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
             if (figure := draw(report)) is not None:
-                drawn[name] = Drawing(_svg(figure, name), _png(figure))
+                drawn[name] = Drawing(png=_png(figure), svg=_svg(figure, name))
     return drawn
 
 
@@ -313,6 +313,7 @@ def _thinned(steps: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+    figure.set_layout_engine("none")  # what the layout found stays
     return buffer.getvalue()
 
 
@@ -323,7 +324,7 @@ def _svg(figure: Figure, name: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*">', "<g>", text)
+    text = re.sub(r'(<g\b[^>]*?) id="[^"]*"', r"\1", text)  # names of groups, which nothing refers to
     opening = re.search(r'viewBox="[^"]*"', text)
     assert opening is not None
     return re.sub(r"<svg[^>]*>", f'<svg {opening[0]} role="img" aria-labelledby="caption-{name}">', text, count=1)

@@ -69,7 +69,7 @@ def _summary(report: Report) -> str:
             detail += f"\n{plan['kv_bytes_per_token']:,} of {plan['base_kv_bytes_per_token']:,} bytes/token"
         cards.append(("KV cache", f"{share:.3g} %", detail))
     for title, name, show, beside in (
-        ("Needles recalled", "needle", _percent, ("teacher", "control")),
+        ("Needles", "needle", _percent, ("teacher", "control")),
         ("KL to teacher", "kl", amount, ("aligned", "control")),
         ("Perplexity", "perplexity", _two, ("teacher", "control")),
     ):
@@ -129,20 +129,12 @@ def _plan(report: Report, figures: Mapping[str, str]) -> str:
                 ]
             )
     heads = ["Mixer", "Which layers", "Layers", "Parameters of one", "KV bytes a token", "State bytes a sequence"]
-    rows.append(
-        ["<b>Whole model</b>", "", f"{len(layers)}", f"{plan['parameters']:,}"]
-        + [_optional(plan.get("kv_bytes_per_token")), _optional(plan.get("state_bytes_per_sequence"))]
-    )
-    rows.append(
-        [
-            "Base",
-            f"{len(layers)}",
-            "",
-            f"{plan['base_parameters']:,}",
-            _optional(plan.get("base_kv_bytes_per_token")),
-            "–",
+    for name, key in (("<b>Whole model</b>", ""), ("Base", "base_")):
+        rows.append([name, "", f"{len(layers)}", f"{plan[key + 'parameters']:,}"])
+        rows[-1] += [
+            _optional(plan.get(key + "kv_bytes_per_token")),
+            _optional(plan.get(key + "state_bytes_per_sequence")),
         ]
-    )
     caption = (
         "Every layer keeps the base's MLP and norms; its token mixer is the coloured part. What a layer remembers: "
         "MLA a small latent for every token, the linear mixers a state that does not grow, attention keys and values."

@@ -1,12 +1,10 @@
 """Writes a run's report. The dictionary it takes is the report: it is kept as JSON and drawn as a page."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from hylo.errors import HyloError
-from hylo.files import write_json, write_text
+from hylo.files import write_bytes, write_json, write_text
 from hylo.report.figures import draw_figures
 from hylo.report.page import page
 
@@ -24,7 +22,7 @@ def write_report(run: Path, report: dict[str, Any]) -> None:
     figures = draw_figures(report)
     write_json(run / "report.json", report)
     for name, figure in figures.items():
-        _write_bytes(run / "figures" / f"{name}.png", figure.png)
+        write_bytes(run / "figures" / f"{name}.png", figure.png)
     write_text(run / "report.html", page(report, {name: figure.svg for name, figure in figures.items()}))
 
 
@@ -40,14 +38,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             continue
         steps.append({key: record[key] for key in METRICS if key in record})
     return steps
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise HyloError(f"cannot write {path}: {error.strerror}; free space or choose a writable place") from error

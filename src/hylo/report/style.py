@@ -34,6 +34,7 @@ table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabula
 th, td { text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid #e4e8ec; vertical-align: baseline; }
 th { font-weight: 600; color: #57606a; border-bottom: 2px solid #c9d1d9; white-space: nowrap; }
 .n { text-align: right; white-space: nowrap; }
+td:first-child { white-space: nowrap; }
 td:last-child, th:last-child { padding-right: 0; }
 small { color: #6b7480; font-size: 12px; }
 .swatch { display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin-right: 7px; }
