@@ -242,3 +242,10 @@ def test_table() -> None:
         assert part in text, part
     print_results({"teacher": teacher}, console)
     assert "KL" not in console.export_text()
+
+
+def test_the_teacher_does_not_take_other_rows_of_the_same_tokens_for_those_it_remembers() -> None:
+    teacher, rows = Teacher(llama()), text_rows(STREAM, [48], 96, seed=0)[48]
+    first, cut = teacher.remembered(rows), rows.reshape(-1, 24)
+    assert torch.equal(teacher.remembered(cut), teacher.hidden(cut))
+    assert torch.equal(teacher.remembered(rows), first)

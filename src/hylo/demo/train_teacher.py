@@ -40,22 +40,15 @@ class Stage(NamedTuple):
     repeated: float  # share of rows that repeat one segment
 
 
-# Two cycles, each with a warm-up and a cosine of its own: retrieval first, then mostly text.
-CYCLES = [
-    [
-        Stage("short", 200, 64, 128, 2, 4, 0.15),
-        Stage("facts", 700, 32, 256, 6, 3, 0.1),
-        Stage("longer", 160, 8, 1024, 16, 4, 0.05),
-        Stage("long", 320, 4, 2048, 24, 4, 0.05),
-    ],
-    [
-        Stage("text", 360, 16, 512, 4, 3, 0.0),
-        Stage("long text", 90, 4, 2048, 24, 4, 0.0),
-    ],
+STAGES = [
+    Stage("short", 200, 64, 128, 2, 4, 0.15),
+    Stage("facts", 700, 32, 256, 6, 3, 0.1),
+    Stage("longer", 160, 8, 1024, 16, 4, 0.05),
+    Stage("long", 320, 4, 2048, 24, 4, 0.05),
 ]
 VOCABULARY = 2560
 THETA = 500000.0
-PEAK_LR, WARM_UP = (2e-3, 1.5e-3), 100  # peak of each cycle; warm-up in steps
+PEAK_LR, WARM_UP = 2e-3, 100
 CHAT = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -186,16 +179,11 @@ def losses(
     return mean(text), mean(answer)
 
 
-def schedule() -> list[tuple[Stage, float]]:
-    """Every step's stage and learning rate."""
-    steps = []
-    for cycle, peak in zip(CYCLES, PEAK_LR, strict=True):
-        stages = [stage for stage in cycle for _ in range(stage.steps)]
-        for i, stage in enumerate(stages, start=1):
-            progress = (i - WARM_UP) / (len(stages) - WARM_UP)
-            cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
-            steps.append((stage, peak * ((i + 1) / WARM_UP if i < WARM_UP else cosine)))
-    return steps
+def learning_rate(step: int, steps: int) -> float:
+    """Warm-up, then a cosine to a twentieth of the peak."""
+    if step < WARM_UP:
+        return PEAK_LR * (step + 1) / WARM_UP
+    return PEAK_LR * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - WARM_UP) / (steps - WARM_UP))))
 
 
 def needle_accuracy(model: LlamaForCausalLM, stream: np.ndarray, facts: FactFormat, length: int) -> float:
@@ -282,7 +270,7 @@ def train(out: Path, seed: int) -> None:
     optimizer = torch.optim.AdamW(
         [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}], betas=(0.9, 0.98)
     )
-    steps = schedule()
+    steps = [stage for stage in STAGES for _ in range(stage.steps)]
     done, state = 0, out / "state.pt"
     if state.exists():
         saved = torch.load(state, weights_only=True)
@@ -290,9 +278,9 @@ def train(out: Path, seed: int) -> None:
         optimizer.load_state_dict(saved["optimizer"])
         done = saved["step"]
     began, tokens = time.time(), 0
-    for step, (stage, learning_rate) in enumerate(steps[done:], start=done + 1):
+    for step, stage in enumerate(steps[done:], start=done + 1):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate(step, len(steps))
         text_loss, answer_loss = losses(model, *batch(np.random.default_rng((seed, step)), stream, facts, stage))
         (text_loss + answer_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

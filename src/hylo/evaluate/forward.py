@@ -36,11 +36,11 @@ class Teacher(Scorer):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
-        self._known: dict[bytes, torch.Tensor] = {}
+        self._known: dict[tuple[torch.Size, bytes], torch.Tensor] = {}
 
     def remembered(self, ids: torch.Tensor) -> torch.Tensor:
         """As `hidden`; kept in main memory."""
-        key = ids.numpy().tobytes()
+        key = (ids.shape, ids.numpy().tobytes())  # the same tokens cut into other rows are other contexts
         if key not in self._known:
             self._known[key] = self.hidden(ids).cpu()
         return self._known[key].to(self.device)
