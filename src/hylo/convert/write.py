@@ -9,7 +9,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hylo.checkpoint import INDEX, WEIGHTS
-from hylo.errors import HyloError
 
 SHARD_BYTES = 1 << 30
 
@@ -50,7 +49,7 @@ class ShardWriter:
         try:
             save_file(self._pending, path, metadata={"format": "pt"})
         except SafetensorError as error:
-            raise HyloError(f"cannot write {path.parent}: {error}; free space or choose a writable place") from error
+            raise OSError(str(error)) from error  # complete_directory tells of a full disk and of its own directory
         path.chmod(0o644)  # safetensors writes for the owner alone
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0

@@ -107,17 +107,17 @@ def stage_output(
         with StepMetrics(partial, name, training, console or Console()) as metrics:
             yield work, metrics
         shutil.rmtree(work, ignore_errors=True)
-        _save(model, partial, out)
+        _save(model, partial)
         copy_companions(student, partial)
 
 
-def _save(model: PreTrainedModel, partial: Path, out: Path) -> None:
+def _save(model: PreTrainedModel, partial: Path) -> None:
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         model.save_pretrained(partial)
     except SafetensorError as error:  # what safetensors raises on a full disk
-        raise HyloError(f"cannot write {out}: {error}; free space or choose a writable place") from error
+        raise OSError(str(error)) from error
     finally:
         if bar:
             logging.enable_progress_bar()
