@@ -15,25 +15,35 @@ import numpy as np
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hylo.convert import convert
+from hylo.convert import check_init, convert, read_base
 from hylo.data.retrieval import FactFormat
 from hylo.data.rows import RowDataset
 from hylo.data.sources import held_out_stream, training_stream, whole_stream
 from hylo.distill.align import align
 from hylo.distill.extend import extend
 from hylo.distill.settings import Training
+from hylo.distill.student import check_pair
 from hylo.errors import HyloError
 from hylo.evaluate.evaluate import Workload, evaluate_models, print_results
 from hylo.files import read_json, write_json, write_text
+from hylo.modeling.loading import read_configuration
 from hylo.plan import Plan, make_plan
 from hylo.recipe import Data, Recipe, dump_recipe
 from hylo.report import read_metrics, write_report
 
 
 def upcycle(recipe: Recipe, run: Path, console: Console) -> dict[str, Any]:
-    """Plans, converts, aligns, extends, evaluates and reports; returns the report. Raises HyloError on bad input."""
+    """Plans, converts, aligns, extends, evaluates and reports; returns the report.
+
+    Raises HyloError on bad input, whatever can be known of it before any training.
+    """
     plan = make_plan(recipe.base, recipe.layout, recipe.mla_layers, recipe.geometry, recipe.dtype)
     plan.print(console)
+    check_init(plan, recipe.init, recipe.linear_init)
+    read_base(recipe.base)
+    read_configuration(recipe.extension_teacher)
+    check_pair(recipe.base, recipe.base, recipe.align.length)
+    check_pair(recipe.base, recipe.extension_teacher, recipe.extend[-1].length)
     data = TrainingData(recipe.data, read_tokenizer(recipe.base))
     work = workload(recipe, data)
     _claim(run, recipe)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from hylo.distill.settings import Training
 from hylo.errors import HyloError
@@ -24,20 +24,17 @@ def load_pair(
     if not isinstance(model, HyloForCausalLM):
         raise HyloError(f"{student} holds a {model.config.model_type} model, not a hylo one; convert it first")
     frozen = load_model(teacher, dtype=teacher_dtype).requires_grad_(False).eval()
-    _check_vocabulary(model, frozen, student, teacher)
-    longest = frozen.config.max_position_embeddings
-    if training.length > longest:
-        raise HyloError(
-            f"sequences of {training.length} tokens exceed the {longest} of {teacher}; train on shorter ones"
-        )
+    check_pair(student, teacher, training.length)
     return model, frozen
 
 
-def _check_vocabulary(model: PreTrainedModel, frozen: PreTrainedModel, student: Path, teacher: Path) -> None:
-    ours, theirs = model.config.vocab_size, frozen.config.vocab_size
-    if ours != theirs:
+def check_pair(student: Path, teacher: Path, length: int) -> None:
+    """Raises HyloError if the vocabularies differ or the teacher's context is below `length`; reads no weight."""
+    ours, theirs = (AutoConfig.from_pretrained(path, local_files_only=True) for path in (student, teacher))
+    if ours.vocab_size != theirs.vocab_size:
         raise HyloError(
-            f"{teacher} has a vocabulary of {theirs} and {student} one of {ours}; choose a teacher of the same family"
+            f"{teacher} has a vocabulary of {theirs.vocab_size} and {student} one of {ours.vocab_size}; "
+            "choose a teacher of the same family"
         )
     tokenizers = [directory / "tokenizer.json" for directory in (student, teacher)]
     if all(path.exists() for path in tokenizers):
@@ -46,6 +43,8 @@ def _check_vocabulary(model: PreTrainedModel, frozen: PreTrainedModel, student: 
             raise HyloError(
                 f"the tokenizers of {teacher} and {student} differ; choose a teacher with the student's own tokenizer"
             )
+    if length > (longest := theirs.max_position_embeddings):
+        raise HyloError(f"sequences of {length} tokens exceed the {longest} of {teacher}; train on shorter ones")
 
 
 def stored_dtype(directory: Path) -> torch.dtype:

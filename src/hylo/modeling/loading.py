@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -22,14 +23,7 @@ def load_model(
 
     Raises HyloError if the directory is missing or half-written, or its tensors and its config.json do not agree.
     """
-    if not directory.is_dir():
-        raise HyloError(f"model directory {directory} does not exist; check the path")
-    config = read_json(directory / "config.json", "configuration")
-    if (model_type := config.get("model_type")) not in MODEL_TYPES:
-        raise HyloError(f"model {directory} is of model_type {model_type}; loaded are {', '.join(MODEL_TYPES)}")
-    if config.get("quantization_config"):
-        raise HyloError(f"model {directory} is quantised; use the unquantised checkpoint")
-    Weights(directory)  # names a missing, truncated or pickled file better than what follows
+    read_configuration(directory)
     with _quiet_transformers():
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -52,7 +46,20 @@ def load_model(
     return model.to(device).eval()
 
 
-load_student = load_model
+def read_configuration(directory: Path) -> dict[str, Any]:
+    """config.json of a Llama, Qwen3 or hylo directory whose weight files are there and whole; reads no weight.
+
+    Raises HyloError as `load_model` does.
+    """
+    if not directory.is_dir():
+        raise HyloError(f"model directory {directory} does not exist; check the path")
+    config = read_json(directory / "config.json", "configuration")
+    if (model_type := config.get("model_type")) not in MODEL_TYPES:
+        raise HyloError(f"model {directory} is of model_type {model_type}; loaded are {', '.join(MODEL_TYPES)}")
+    if config.get("quantization_config"):
+        raise HyloError(f"model {directory} is quantised; use the unquantised checkpoint")
+    Weights(directory)  # names a missing, truncated or pickled file better than what follows
+    return config
 
 
 @contextmanager
