@@ -7,7 +7,7 @@ RUN/control/ and RUN/no_alignment/ hold the controls' directories
 import time
 import zlib
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ def upcycle(recipe: Recipe, run: Path, console: Console) -> dict[str, Any]:
     check_pair(recipe.base, recipe.extension_teacher, recipe.extend[-1].length)
     data = TrainingData(recipe.data, read_tokenizer(recipe.base))
     work = workload(recipe, data)
+    console.print(f"evaluation will read {work.tokens_read:,} tokens a model")
     _claim(run, recipe)
     write_json(run / "plan.json", plan.to_json())
     stages = _train(recipe, plan, data, run, console)
@@ -121,7 +122,6 @@ def workload(recipe: Recipe, data: TrainingData) -> Workload:
     )
     for stage in (recipe.align, *recipe.extend):  # the same for training text
         data.rows("", stage.seed)(stage.length, 1)
-    work.rows  # noqa: B018  computed here, and kept
     return work
 
 
@@ -154,27 +154,23 @@ def _train(recipe: Recipe, plan: Plan, data: TrainingData, run: Path, console: C
         )
 
     def extended(student: Path, folder: Path, stages: list[Training]) -> Path:
+        arm = "" if folder == run else f" ({folder.name})"
         for i, stage in enumerate(stages):
-            out, source = folder / f"extended-{stage.length}", student
-            student = once(
-                f"extend to {stage.length}" + (f" ({folder.name})" if folder != run else ""),
-                out,
-                lambda source=source, out=out, stage=stage, i=i: extend(  # type: ignore[misc]
-                    source,
-                    recipe.extension_teacher,
-                    out,
-                    data.rows(f"extend {i}", stage.seed),
-                    stage,
-                    recipe.yarn_original_length,
-                ),
+            out = folder / f"extended-{stage.length}"
+            rows = data.rows(f"extend {i}", stage.seed)
+            make = partial(
+                extend, student, recipe.extension_teacher, out, rows, stage, recipe.yarn_original_length, console
             )
+            student = once(f"extend to {stage.length}{arm}", out, make)
         return student
 
     start = converted(run / "converted", recipe.init)
     aligned = once(
         "align",
         run / "aligned",
-        lambda: align(recipe.base, start, run / "aligned", data.rows("align", recipe.align.seed), recipe.align),
+        lambda: align(
+            recipe.base, start, run / "aligned", data.rows("align", recipe.align.seed), recipe.align, console
+        ),
     )
     stages = {"teacher": recipe.extension_teacher}
     if recipe.extension_teacher != recipe.base:
