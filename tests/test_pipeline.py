@@ -90,7 +90,7 @@ def test_the_report_has_every_stage(run: Path) -> None:
     names = [stage["name"] for stage in report["stages"]]
     assert names == ["teacher", "converted", "aligned", "extended", "control", "no_alignment"]
     for stage in report["stages"]:
-        assert {"needle", "perplexity"} <= stage["metrics"].keys()
+        assert {"needle", "kl", "perplexity"} <= stage["metrics"].keys()
         assert stage["name"] == "teacher" or stage["metrics"]["kl"]["256"] > 0
     plan = json.loads((run / "plan.json").read_text())
     assert report["kv_percent_of_base"] == plan["kv_percent_of_base"] == pytest.approx(100 * 12 / (3 * 2 * 2 * 16))

@@ -8,6 +8,7 @@ import yaml
 from hylo.errors import HyloError
 from hylo.recipe import dump_recipe, read_recipe
 
+RECIPES = Path(__file__).parents[1] / "recipes"
 GOOD = {
     "base": "base",
     "layout": "1MLA2GDN",
@@ -29,6 +30,13 @@ def test_paths_are_taken_from_the_recipes_folder(tmp_path: Path) -> None:
     assert recipe.base == tmp_path / "base"
     assert recipe.extension_teacher == recipe.base
     assert recipe.data.text == ["python-stdlib", str(tmp_path / "text.txt")]
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_repositorys_recipes_are_valid(path: Path) -> None:
+    recipe = read_recipe(path)
+    assert recipe.extend[-1].length > recipe.align.length
+    assert recipe.base.parent == path.parent
 
 
 def test_a_dumped_recipe_reads_back_the_same_anywhere(tmp_path: Path) -> None:

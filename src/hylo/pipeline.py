@@ -223,7 +223,12 @@ def build_report(recipe: Recipe, plan: Plan, run: Path, results: dict[str, dict[
         "l_short": recipe.align.length,
         "l_long": recipe.extend[-1].length,
         "stages": [
-            {"name": name, "metrics": result, "tokens": cost(name, "tokens"), "seconds": cost(name, "seconds")}
+            {
+                "name": name,
+                "metrics": {"kl": {}} | result,
+                "tokens": cost(name, "tokens"),
+                "seconds": cost(name, "seconds"),
+            }
             for name, result in results.items()
         ],
         "training": {part: steps for parts in training.values() for part, steps in parts.items()},
