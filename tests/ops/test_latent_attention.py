@@ -12,8 +12,9 @@ KV_HEADS, NOPE, ROPE, V, RANK = 2, 6, 4, 5, 7
 
 
 def operands(queries: int, tokens: int) -> list[Tensor]:
-    """q for 6 heads, the latent, the shared rotated key, the up-projection."""
-    shapes = [(2, 6, queries, NOPE + ROPE), (2, tokens, RANK), (2, tokens, ROPE), (KV_HEADS * (NOPE + V), RANK)]
+    """q for 6 heads, the latent, the shared rotated key, the up-projection and its bias."""
+    shapes: list[tuple[int, ...]] = [(2, 6, queries, NOPE + ROPE), (2, tokens, RANK), (2, tokens, ROPE)]
+    shapes += [(KV_HEADS * (NOPE + V), RANK), (KV_HEADS * (NOPE + V),)]
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
@@ -40,14 +41,15 @@ def test_absorbed_is_expanded(queries: int, with_scale: bool, mask_kind: str) ->
 
 
 def test_expanded_head_by_head() -> None:
-    q, latent, key_rope, up_weight = operands(9, 9)
+    q, latent, key_rope, up_weight, up_bias = operands(9, 9)
     causal = torch.ones(9, 9, dtype=torch.bool).tril()
-    o = expanded_latent_attention(q, latent, key_rope, up_weight, KV_HEADS, 0.3)
+    o = expanded_latent_attention(q, latent, key_rope, up_weight, up_bias, KV_HEADS, 0.3)
     for head in range(6):
         rows = up_weight.view(KV_HEADS, NOPE + V, RANK)[head // 3]  # three query heads read one kv head
-        k = torch.cat((latent @ rows[:NOPE].T, key_rope), dim=-1)
+        bias = up_bias.view(KV_HEADS, NOPE + V)[head // 3]
+        k = torch.cat((latent @ rows[:NOPE].T + bias[:NOPE], key_rope), dim=-1)
         logits = (q[:, head] @ k.transpose(1, 2) * 0.3).masked_fill(~causal, float("-inf"))
-        torch.testing.assert_close(o[:, head], logits.softmax(-1) @ (latent @ rows[NOPE:].T))
+        torch.testing.assert_close(o[:, head], logits.softmax(-1) @ (latent @ rows[NOPE:].T + bias[NOPE:]))
 
 
 @pytest.mark.parametrize("function", [expanded_latent_attention, absorbed_latent_attention])

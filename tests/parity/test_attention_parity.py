@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from hylo.modeling import HyloConfig, HyloForCausalLM
 
@@ -34,25 +34,27 @@ def bases() -> list[Any]:
     return [
         (LlamaForCausalLM, LlamaConfig(**GEOMETRY, rope_parameters=dict(DEFAULT_ROPE), rms_norm_eps=1e-5)),
         (LlamaForCausalLM, LlamaConfig(**GEOMETRY, rope_parameters=dict(LLAMA3_ROPE), tie_word_embeddings=True)),
-        (LlamaForCausalLM, LlamaConfig(**GEOMETRY, attention_bias=True, mlp_bias=True)),
+        (LlamaForCausalLM, LlamaConfig(**GEOMETRY, mlp_bias=True)),
+        (Qwen2ForCausalLM, Qwen2Config(**GEOMETRY, rope_parameters=dict(DEFAULT_ROPE))),
         (Qwen3ForCausalLM, Qwen3Config(**GEOMETRY, rope_parameters=dict(DEFAULT_ROPE))),
     ]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("index", range(4), ids=["llama", "llama3-rope", "llama-biases", "qwen3"])
+@pytest.mark.parametrize("index", range(5), ids=["llama", "llama3-rope", "mlp-biases", "qwen2", "qwen3"])
 def test_all_attention_equals_the_base(index: int) -> None:
     base_class, base_config = bases()[index]
     base = base_class(base_config).eval()
     for parameter in base.parameters():
         if parameter.ndim == 1:
             parameter.add_(0.2 * torch.randn_like(parameter))
-    fields = (*GEOMETRY, "hidden_act", "rms_norm_eps", "rope_parameters", "attention_bias", "tie_word_embeddings")
+    fields = (*GEOMETRY, "hidden_act", "rms_norm_eps", "rope_parameters", "tie_word_embeddings")
     config = HyloConfig(
         **{name: getattr(base_config, name) for name in fields},
         mlp_bias=getattr(base_config, "mlp_bias", False),
         base_model_type=base_config.model_type,
         qk_norm=base_config.model_type == "qwen3",
+        qkv_bias=base_config.model_type == "qwen2",
     )
     model = HyloForCausalLM(config).eval()
     model.load_state_dict({name.replace("self_attn", "mixer"): tensor for name, tensor in base.state_dict().items()})

@@ -62,7 +62,7 @@ def test_deepseek_attention(interleave: bool, length: int) -> None:
     x, positions = torch.randn(2, 70, 32), torch.arange(70)[None]
     mask = torch.full((70, 70), torch.finfo(torch.float32).min).triu(1)[None, None]
     expected = theirs(x, DeepseekV3RotaryEmbedding(theirs_config)(x, positions), mask)[0]
-    inv_freq, factor = mla_frequencies(config.mla_rope_parameters, 8)
+    inv_freq, factor = mla_frequencies(config, 0)
     rotary = {"mla": cos_sin(inv_freq, factor, positions, x.dtype)}
     torch.testing.assert_close(ours(x, None, rotary), expected, atol=1e-5, rtol=1e-4)
 
@@ -75,7 +75,7 @@ def test_key_norm_is_that_of_the_assembled_head() -> None:
     for parameter in mixer.parameters():
         parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.ndim == 1))
     x, positions = torch.randn(2, 9, 32), torch.arange(9)[None]
-    rotary = cos_sin(*mla_frequencies(config.mla_rope_parameters, 8), positions, x.dtype)
+    rotary = cos_sin(*mla_frequencies(config, 0), positions, x.dtype)
 
     def turned(head: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
         head = torch.nn.functional.rms_norm(head, (16,), norm.weight, norm.eps)
@@ -98,7 +98,8 @@ def test_key_norm_is_that_of_the_assembled_head() -> None:
 @pytest.mark.parametrize(("length", "original"), [(8192, 2048), (65536, 2048), (65536, 32768), (2048, 256), (256, 256)])
 def test_yarn_is_that_of_transformers(theta: float, width: int, length: int, original: int) -> None:
     config = extended(theta, length, original)
-    inv_freq, factor = mla_frequencies(config.mla_rope_parameters, width)
+    config.qk_rope_head_dim = width
+    inv_freq, factor = mla_frequencies(config, 0)
     if length == original:
         assert factor == 1.0
         torch.testing.assert_close(inv_freq, theta ** -(torch.arange(0, width, 2) / width))

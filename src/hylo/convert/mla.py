@@ -62,5 +62,5 @@ def fill_mla(mixer: MultiHeadLatentAttention, base: BaseAttention, init: str) ->
 
     mixer.o_proj.weight.copy_(base.o.flatten(1))
     if base.q_norm is not None and base.k_norm is not None:
-        mixer.q_norm.weight.copy_(base.q_norm[rows])
+        mixer.q_norm.get_parameter("weight").copy_(base.q_norm[rows])
         mixer.k_norm.weight.copy_(base.k_norm[rows])

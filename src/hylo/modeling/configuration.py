@@ -1,7 +1,7 @@
 """The configuration of a hybrid: the base's own figures, the mixer of every layer, and the mixers' geometry."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
@@ -18,8 +18,10 @@ class HyloConfig(PreTrainedConfig):
     """`mixers` names each layer's token mixer, one of MIXERS. Widths and ranks are in values, lengths in tokens.
 
     `rope_parameters` is the base's RoPE (for `attention` layers), `mla_rope_parameters` that of MLA:
-    {"rope_type": "default", "rope_theta"} or, after `extend_context`, YaRN's. `max_position_embeddings` is the
-    supported length. Raises ValueError if `mixers` does not fit the layers.
+    {"rope_type": "default", "rope_theta"} or, after `extend_context`, YaRN's. `mla_inv_freq` lists every layer's
+    inverse frequencies (None where the layer is no MLA) if they are no geometric sequence, and `rope_theta` is then the
+    base's. `kv_lora_ranks` gives every layer a rank of its own. `max_position_embeddings` is the supported length.
+    Raises ValueError if `mixers`, or one of those lists, does not fit the layers.
     """
 
     model_type = "hylo"
@@ -36,7 +38,7 @@ class HyloConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-5
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
-    attention_bias: bool = False
+    qkv_bias: bool = False
     mlp_bias: bool = False
     initializer_range: float = 0.02
     use_cache: bool = True
@@ -54,7 +56,10 @@ class HyloConfig(PreTrainedConfig):
     qk_nope_head_dim: int = 32
     qk_rope_head_dim: int = 32
     v_head_dim: int = 64
+    mla_k_norm: Literal["exact", "folded"] = "exact"
     mla_rope_parameters: dict[str, Any] = None  # type: ignore[assignment]
+    mla_inv_freq: list[list[float] | None] | None = None
+    kv_lora_ranks: list[int] | None = None
 
     conv_kernel_size: int = 4
     gdn_num_heads: int = 2
@@ -74,6 +79,9 @@ class HyloConfig(PreTrainedConfig):
             raise ValueError(f"unknown mixers {unknown}; known are {', '.join(MIXERS)}")
         if len(self.mixers) != self.num_hidden_layers:
             raise ValueError(f"{len(self.mixers)} mixers for {self.num_hidden_layers} layers")
+        for key in ("mla_inv_freq", "kv_lora_ranks"):
+            if (entries := getattr(self, key)) is not None and len(entries) != self.num_hidden_layers:
+                raise ValueError(f"{key} has {len(entries)} entries for {self.num_hidden_layers} layers")
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
         if self.mla_rope_parameters is None:
@@ -90,6 +98,10 @@ class HyloConfig(PreTrainedConfig):
     def layer_types(self) -> list[str]:
         """What transformers' caches and masks go by: `full_attention` layers cache every token, linear ones do not."""
         return [CACHE_KIND[mixer] for mixer in self.mixers]
+
+    def kv_rank(self, layer_idx: int) -> int:
+        """kv_lora_rank of one layer."""
+        return self.kv_lora_rank if self.kv_lora_ranks is None else self.kv_lora_ranks[layer_idx]
 
     def extend_context(self, length: int, original: int) -> None:
         """Sets the supported length, and YaRN on the MLA layers where it exceeds the `original` length."""

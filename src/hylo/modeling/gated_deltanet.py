@@ -21,9 +21,9 @@ class GatedDeltaNet(nn.Module):
         self.key_dim = self.num_heads * config.gdn_head_dim
         self.value_dim = self.key_dim * config.gdn_expand_v
         hidden, width = config.hidden_size, config.conv_kernel_size
-        self.q_proj = nn.Linear(hidden, self.key_dim, bias=False)
-        self.k_proj = nn.Linear(hidden, self.key_dim, bias=False)
-        self.v_proj = nn.Linear(hidden, self.value_dim, bias=False)
+        self.q_proj = nn.Linear(hidden, self.key_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(hidden, self.key_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(hidden, self.value_dim, bias=config.qkv_bias)
         self.a_proj = nn.Linear(hidden, self.num_heads, bias=False)
         self.b_proj = nn.Linear(hidden, self.num_heads, bias=False)
         self.g_proj = nn.Linear(hidden, self.value_dim, bias=False)

@@ -38,7 +38,7 @@ class Mamba2(nn.Module):
         # z, x, B, C, dt
         self.widths = [d_inner, d_xb, groups * self.d_state, self.num_heads * self.d_state, self.num_heads]
         channels = sum(self.widths[1:4])
-        self.in_proj = nn.Linear(config.hidden_size, sum(self.widths), bias=False)
+        self.in_proj = nn.Linear(config.hidden_size, sum(self.widths), bias=config.qkv_bias)
         self.conv1d = nn.Conv1d(channels, channels, config.conv_kernel_size, groups=channels)
         self.dt_bias = nn.Parameter(torch.zeros(self.num_heads))
         self.A_log = nn.Parameter(torch.zeros(self.num_heads))

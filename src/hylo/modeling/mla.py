@@ -3,6 +3,7 @@
 What is cached per token is the latent (kv_lora_rank values) and one rotated key shared by all heads (qk_rope_head_dim
 values), as the `keys` and `values` of a single head in transformers' cache. On Qwen3 the key norm's 1/rms depends on kv
 head and token: these num_key_value_heads numbers are cached beside the rotated key, so that decoding needs no old keys.
+With a `folded` key norm the conversion has multiplied its mean into the projections, and nothing more is cached.
 """
 
 import torch
@@ -11,7 +12,7 @@ from transformers.cache_utils import Cache
 
 from hylo.modeling.attention import RMSNorm, inverse_rms
 from hylo.modeling.configuration import HyloConfig
-from hylo.modeling.rope import rotate
+from hylo.modeling.rope import mla_rope_key, rotate
 from hylo.ops.latent_attention import absorbed_latent_attention, expanded_latent_attention
 
 
@@ -22,17 +23,19 @@ class MultiHeadLatentAttention(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         self.num_kv_heads = config.num_key_value_heads
-        self.rank, self.nope, self.rope = config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.rank, self.nope, self.rope = config.kv_rank(layer_idx), config.qk_nope_head_dim, config.qk_rope_head_dim
         self.qk_head_dim = self.nope + self.rope
         heads, hidden = config.num_attention_heads, config.hidden_size
         self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
-        self.q_b_proj = nn.Linear(config.q_lora_rank, heads * self.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.rank + self.rope, bias=False)
-        self.kv_b_proj = nn.Linear(self.rank, self.num_kv_heads * (self.nope + config.v_head_dim), bias=False)
+        self.q_b_proj = nn.Linear(config.q_lora_rank, heads * self.qk_head_dim, bias=config.qkv_bias)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.rank + self.rope, bias=config.qkv_bias)
+        up = self.num_kv_heads * (self.nope + config.v_head_dim)
+        self.kv_b_proj = nn.Linear(self.rank, up, bias=config.qkv_bias)
         self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=False)
-        self.qk_norm = config.qk_norm
-        if self.qk_norm:
-            self.q_norm = RMSNorm(self.qk_head_dim, config.rms_norm_eps)
+        self.rope_key = mla_rope_key(config, layer_idx)
+        self.normalises_keys = config.qk_norm and config.mla_k_norm == "exact"
+        self.q_norm = RMSNorm(self.qk_head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        if self.normalises_keys:
             self.k_norm = RMSNorm(self.qk_head_dim, config.rms_norm_eps)
 
     def forward(
@@ -43,18 +46,18 @@ class MultiHeadLatentAttention(nn.Module):
         past_key_values: Cache | None = None,
     ) -> Tensor:
         B, T, _ = hidden_states_BTD.shape
-        q = self.q_b_proj(self.q_a_proj(hidden_states_BTD)).view(B, T, -1, self.qk_head_dim).transpose(1, 2)
+        q = self.q_b_proj(self.q_a_proj(hidden_states_BTD)).view(B, T, -1, self.qk_head_dim)
+        q = self.q_norm(q).transpose(1, 2)
         latent, key_rope = self.kv_a_proj_with_mqa(hidden_states_BTD).split([self.rank, self.rope], dim=-1)
         key_scale = None
-        if self.qk_norm:
-            q = self.q_norm(q)
+        if self.normalises_keys:
             key_scale = self.inverse_key_rms(latent, key_rope)
             key_rope = key_rope * self.k_norm.weight[self.nope :]
         q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)
-        if self.qk_norm:
+        if self.normalises_keys:
             q_nope = q_nope * self.k_norm.weight[: self.nope]  # the key norm's weight, folded into the queries
-        q = torch.cat((q_nope, rotate(q_rope, rotary["mla"])), dim=-1)
-        key_rope = rotate(key_rope[:, None], rotary["mla"])
+        q = torch.cat((q_nope, rotate(q_rope, rotary[self.rope_key])), dim=-1)
+        key_rope = rotate(key_rope[:, None], rotary[self.rope_key])
 
         latent = latent[:, None]
         if past_key_values is not None:
@@ -70,6 +73,7 @@ class MultiHeadLatentAttention(nn.Module):
             latent[:, 0],
             key_rope[:, 0],
             self.kv_b_proj.weight,
+            self.kv_b_proj.bias,
             self.num_kv_heads,
             self.qk_head_dim**-0.5,
             attention_mask,

@@ -21,7 +21,7 @@ from hylo.modeling.configuration import CACHE_KIND, HyloConfig
 from hylo.modeling.gated_deltanet import GatedDeltaNet
 from hylo.modeling.mamba2 import GroupedRMSNorm, Mamba2
 from hylo.modeling.mla import MultiHeadLatentAttention
-from hylo.modeling.rope import base_frequencies, cos_sin, mla_frequencies
+from hylo.modeling.rope import base_frequencies, cos_sin, mla_frequencies, mla_rope_key
 
 MIXER_CLASSES = {
     "attention": Attention,
@@ -173,14 +173,14 @@ class HyloModel(HyloPreTrainedModel):
         return {"attention_mask": masks, "rotary": rotary, "past_key_values": past_key_values}
 
     def rope(self, hidden_states: Tensor, position_ids_BT: Tensor) -> Rotary:
-        """cos and sin (B,T,width) for the kinds of attention that this model has: "attention", "mla"."""
+        """cos and sin (B,T,width) for the kinds of attention that this model has: "attention", `mla_rope_key`."""
         rotary: Rotary = {}
         if "attention" in self.config.mixers:
             inv_freq, factor = base_frequencies(self.config)
             rotary["attention"] = cos_sin(inv_freq, factor, position_ids_BT, hidden_states.dtype)
-        if "mla" in self.config.mixers:
-            inv_freq, factor = mla_frequencies(self.config.mla_rope_parameters, self.config.qk_rope_head_dim)
-            rotary["mla"] = cos_sin(inv_freq, factor, position_ids_BT, hidden_states.dtype)
+        for i, mixer in enumerate(self.config.mixers):
+            if mixer == "mla" and (key := mla_rope_key(self.config, i)) not in rotary:
+                rotary[key] = cos_sin(*mla_frequencies(self.config, i), position_ids_BT, hidden_states.dtype)
         return rotary
 
 

@@ -23,32 +23,44 @@ def base_frequencies(config: HyloConfig) -> tuple[Tensor, float]:
     return ROPE_INIT_FUNCTIONS[rope_type](config)
 
 
-def mla_frequencies(parameters: Mapping[str, Any], width: int) -> tuple[Tensor, float]:
-    """Inverse frequencies (width/2,) of MLA's rotated part and the factor on cos and sin."""
-    plain = inverse_frequencies(width, parameters["rope_theta"])
+def mla_frequencies(config: HyloConfig, layer_idx: int) -> tuple[Tensor, float]:
+    """Inverse frequencies (rope/2,) of an MLA layer's rotated part and the factor on cos and sin."""
+    parameters, listed = config.mla_rope_parameters, config.mla_inv_freq
+    if listed is None:
+        pairs = config.qk_rope_head_dim // 2
+        inv_freq = inverse_frequencies(2 * pairs, parameters["rope_theta"])
+    else:  # some of the base's pairs, whose place among all of them YaRN goes by
+        pairs = config.head_dim // 2
+        inv_freq = torch.tensor(listed[layer_idx], dtype=torch.float32, device="cpu")
     if parameters["rope_type"] == "default":
-        return plain, 1.0
-    return yarn(plain, parameters), parameters["attention_factor"]
+        return inv_freq, 1.0
+    return yarn(inv_freq, parameters, pairs), parameters["attention_factor"]
+
+
+def mla_rope_key(config: HyloConfig, layer_idx: int) -> str:
+    """Under which name an MLA layer finds its cos and sin: one for all, or one each where layers keep other pairs."""
+    return "mla" if config.mla_inv_freq is None else f"mla.{layer_idx}"
 
 
 def inverse_frequencies(width: int, theta: float) -> Tensor:
     return 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width)
 
 
-def yarn(inv_freq: Tensor, parameters: Mapping[str, Any]) -> Tensor:
+def yarn(inv_freq: Tensor, parameters: Mapping[str, Any], pairs: int) -> Tensor:
     """Fast pairs keep their frequency, slow ones are divided by the factor, a linear ramp over pair indices in between.
 
-    The ramp's ends are the pairs that turn beta_fast and beta_slow times within the original length.
+    Pair j of all `pairs` turns by theta^(-j/pairs) a token; the ramp's ends are the pairs that turn beta_fast and
+    beta_slow times within the original length.
     """
-    pairs = len(inv_freq)
-    theta, original = parameters["rope_theta"], parameters["original_max_position_embeddings"]
+    log_theta, original = math.log(parameters["rope_theta"]), parameters["original_max_position_embeddings"]
 
     def pair_turning(times: float) -> float:
-        return pairs * math.log(original / (times * 2 * math.pi)) / math.log(theta)
+        return pairs * math.log(original / (times * 2 * math.pi)) / log_theta
 
     low = max(math.floor(pair_turning(parameters["beta_fast"])), 0)
     high = min(math.ceil(pair_turning(parameters["beta_slow"])), 2 * pairs - 1)
-    slow = ((torch.arange(pairs, dtype=torch.float32) - low) / max(high - low, 1e-3)).clamp(0, 1)
+    index = -pairs * inv_freq.log() / log_theta
+    slow = ((index - low) / max(high - low, 1e-3)).clamp(0, 1)
     return inv_freq * (1 - slow) + inv_freq / parameters["factor"] * slow
 
 

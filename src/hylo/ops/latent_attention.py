@@ -28,6 +28,7 @@ def expanded_latent_attention(
     latent_BSR: Tensor,
     key_rope_BSP: Tensor,
     up_weight: Tensor,
+    up_bias: Tensor | None,
     num_kv_heads: int,
     scale: float,
     mask: Tensor | None = None,
@@ -35,12 +36,13 @@ def expanded_latent_attention(
 ) -> Tensor:
     """Returns (B,H,T,v).
 
-    q: heads laid out [nope | rope], the rope part rotated. up_weight (K*(nope+v), R): per kv head [nope | v] rows.
+    q: heads laid out [nope | rope], the rope part rotated. up_weight (K*(nope+v), R) and up_bias: per kv head
+    [nope | v] rows.
     key_scale: a factor on a kv head's whole key at a token (1/rms of Qwen3's key norm). mask as in `attend`.
     """
     B, S, _ = latent_BSR.shape
     nope = q_BHTD.shape[-1] - key_rope_BSP.shape[-1]
-    up = F.linear(latent_BSR, up_weight).view(B, S, num_kv_heads, -1).transpose(1, 2)
+    up = F.linear(latent_BSR, up_weight, up_bias).view(B, S, num_kv_heads, -1).transpose(1, 2)
     k_nope, v = up[..., :nope], up[..., nope:]
     k = torch.cat((k_nope, key_rope_BSP[:, None].expand(-1, num_kv_heads, -1, -1)), dim=-1)
     if key_scale_BKS is not None:
@@ -53,6 +55,7 @@ def absorbed_latent_attention(
     latent_BSR: Tensor,
     key_rope_BSP: Tensor,
     up_weight: Tensor,
+    up_bias: Tensor | None,
     num_kv_heads: int,
     scale: float,
     mask: Tensor | None = None,
@@ -66,6 +69,9 @@ def absorbed_latent_attention(
     q = q_BHTD.reshape(B, K, -1, D)  # the H/K heads of a kv head, and their tokens, as rows
     q_latent = q[..., :nope] @ W_k
     logits = q_latent @ latent_BSR.transpose(1, 2)[:, None] + q[..., nope:] @ key_rope_BSP.transpose(1, 2)[:, None]
+    b_k, b_v = (None, None) if up_bias is None else up_bias.view(K, 1, -1).split(W_k.shape[1:2] + W_v.shape[1:2], dim=2)
+    if b_k is not None:
+        logits = logits + q[..., :nope] @ b_k.transpose(1, 2)
     logits = logits * scale if key_scale_BKS is None else logits * (scale * key_scale_BKS)[:, :, None]
     logits = logits.view(B, H, T, S)
     if mask is not None:
@@ -74,4 +80,5 @@ def absorbed_latent_attention(
         logits = logits.masked_fill(~mask, lowest) if mask.dtype == torch.bool else logits + mask
     weights = logits.softmax(-1, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32).to(q.dtype)
     context = weights.view(B, K, -1, S) @ latent_BSR[:, None]
-    return (context @ W_v.transpose(1, 2)).reshape(B, H, T, -1)
+    values = context @ W_v.transpose(1, 2)
+    return (values if b_v is None else values + b_v).reshape(B, H, T, -1)
