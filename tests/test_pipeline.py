@@ -1,44 +1,20 @@
 """A whole run on a tiny base, through the command line: what it writes, that it goes on, and what bad input gets."""
 
-import io
 import json
 import shutil
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from rich.console import Console
+from command import hylo
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from hylo import cli
 from hylo.modeling import HyloForCausalLM
 
 GEOMETRY = {"kv_lora_rank": 8, "q_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 12}
-
-
-@dataclass
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def hylo(*arguments: object) -> Done:
-    """The command line's own entry point, in this process, which saves an import of torch for every call."""
-    out, err = io.StringIO(), io.StringIO()
-    before = cli.console
-    cli.console = Console(file=out, width=200)
-    try:
-        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
-            cli.main([str(argument) for argument in arguments])
-    finally:
-        cli.console = before
-    return Done(int(ended.value.code or 0), out.getvalue(), err.getvalue())
 
 
 def write_recipe(path: Path, base: Path, text: Path, **changes: object) -> Path:

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hylo.convert import hylo_config
+from hylo.convert import planned_config
 from hylo.errors import HyloError
 from hylo.geometry import default_geometry
 from hylo.modeling import HyloForCausalLM
@@ -48,6 +48,12 @@ def qwen3(hidden: int, layers: int, intermediate: int, heads: int, **others: Any
     return config | names | {"sliding_window": None} | others
 
 
+def qwen25(hidden: int, layers: int, intermediate: int, heads: int, kv: int, **others: Any) -> dict[str, Any]:
+    config = llama(hidden, layers, intermediate, heads, kv, vocab_size=151936, rope_theta=1e6, rope_scaling=None)
+    window = {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": layers}
+    return config | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]} | window | others
+
+
 BASES = {
     "Llama-3.2-1B": llama(2048, 16, 8192, 32, 8, head_dim=64),
     "Llama-3.2-3B": llama(3072, 28, 8192, 24, 8, head_dim=128),
@@ -59,10 +65,29 @@ BASES = {
     "SmolLM2-135M": llama(576, 30, 1536, 9, 3, vocab_size=49152),
     "SmolLM2-360M": llama(960, 32, 2560, 15, 5, vocab_size=49152),
     "SmolLM2-1.7B": llama(2048, 24, 8192, 32, 32, vocab_size=49152),
+    "Qwen2.5-0.5B": qwen25(896, 24, 4864, 14, 2),
+    "Qwen2.5-1.5B": qwen25(1536, 28, 8960, 12, 2),
+    "Qwen2.5-7B": qwen25(3584, 28, 18944, 28, 4, vocab_size=152064, tie_word_embeddings=False),
     "demo": llama(128, 6, 384, 4, 2, head_dim=64, vocab_size=2560, torch_dtype="float32", rope_scaling=None),
+}
+BASE_PARAMETERS = {  # a tied head counted once
+    "Llama-3.2-1B": 1_235_814_400,
+    "Llama-3.2-3B": 3_212_749_824,
+    "Llama-3.1-8B": 8_030_261_248,
+    "Qwen3-0.6B": 596_049_920,
+    "Qwen3-1.7B": 1_720_574_976,
+    "Qwen3-4B": 4_022_468_096,
+    "Qwen3-8B": 8_190_735_360,
+    "SmolLM2-135M": 134_515_008,
+    "SmolLM2-360M": 361_821_120,
+    "SmolLM2-1.7B": 1_711_376_384,
+    "Qwen2.5-0.5B": 494_032_768,
+    "Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen2.5-7B": 7_615_616_512,
 }
 TINY = {
     "llama": llama(48, 3, 80, 4, 2, head_dim=16, vocab_size=96, mlp_bias=True, rope_scaling=None),
+    "qwen2": qwen25(64, 3, 80, 4, 2, vocab_size=96),
     "qwen3": qwen3(48, 3, 80, 4, num_key_value_heads=2, head_dim=16, vocab_size=96),
 }
 
@@ -76,26 +101,32 @@ def base(tmp_path: Path) -> Any:
     return write
 
 
-@pytest.mark.parametrize(
-    "name, layout, parameters, percent",
-    [
-        ("Llama-3.2-1B", "4MLA12GDN", 1_673_797_776, 3.9),
-        ("Llama-3.2-1B", "8MLA8GDN", None, 7.8),
-        ("Llama-3.2-1B", "4MLA12M2", None, 3.9),
-        ("Llama-3.2-3B", "6MLA22GDN", None, 2.0),
-        ("Llama-3.2-3B", "14MLA14GDN", 3_971_381_500, 4.7),
-        ("Llama-3.2-3B", "14MLA14M2", None, 4.7),
-        ("Qwen3-1.7B", "7MLA21GDN", None, 3.9),
-        ("Qwen3-1.7B", "14MLA14M2", 2_065_541_280, 7.8),
-    ],
-)
-def test_published_totals(base: Any, name: str, layout: str, parameters: int | None, percent: float) -> None:
+# vocabulary, hidden, layers, MLP with two norms; then one mixer of each kind, and the layouts with their KV percentages
+PUBLISHED = {
+    "Llama-3.2-1B": (128256, 2048, 16, 50_335_744, (10_125_312, 25_215_500, 14_763_104), {4: 3.9, 8: 7.8}),
+    "Llama-3.2-3B": (128256, 3072, 28, 75_503_616, (19_660_800, 56_715_794, 34_705_480), {6: 2.0, 14: 4.7}),
+    "Qwen3-1.7B": (151936, 2048, 28, 37_752_832, (10_748_160, 25_215_500, 16_832_560), {7: 3.9, 14: 7.8}),
+}
+PUBLISHED_TOTALS = {
+    ("Llama-3.2-1B", "4MLA12GDN"): 1_673_797_776,
+    ("Llama-3.2-3B", "14MLA14GDN"): 3_971_381_500,
+    ("Qwen3-1.7B", "14MLA14M2"): 2_065_541_280,
+}
+
+
+@pytest.mark.parametrize("linear", ["GDN", "M2"])
+@pytest.mark.parametrize("name, mla_layers", [(name, n) for name, figures in PUBLISHED.items() for n in figures[-1]])
+def test_published_layouts(base: Any, name: str, mla_layers: int, linear: str) -> None:
+    vocabulary, hidden, layers, overhead, (mla, gdn, m2), percentages = PUBLISHED[name]
+    layout = f"{mla_layers}MLA{layers - mla_layers}{linear}"
     figures = make_plan(base(BASES[name]), layout).to_json()
-    if parameters is not None:
-        assert figures["parameters_untied"] == parameters
-    assert round(figures["kv_percent_of_base"], 1) == percent
-    tied = BASES[name]["vocab_size"] * BASES[name]["hidden_size"]
-    assert figures["parameters"] == figures["parameters_untied"] - tied
+    mixers = mla_layers * mla + (layers - mla_layers) * (gdn if linear == "GDN" else m2)
+    assert figures["parameters_untied"] == 2 * vocabulary * hidden + hidden + layers * overhead + mixers
+    assert figures["parameters_untied"] == PUBLISHED_TOTALS.get((name, layout), figures["parameters_untied"])
+    assert figures["parameters"] == figures["parameters_untied"] - vocabulary * hidden
+    assert round(figures["kv_percent_of_base"], 1) == percentages[mla_layers]
+    # exact key norms, which the published percentages leave out
+    assert figures["kv_extra_bytes_per_token"] == (mla_layers * 8 * 2 if name == "Qwen3-1.7B" else 0)
 
 
 @pytest.mark.parametrize(
@@ -137,14 +168,53 @@ def test_published_geometry(base: Any) -> None:
     }
 
 
+@pytest.mark.parametrize("name", BASE_PARAMETERS)
+def test_bases_have_the_parameters_that_their_cards_state(base: Any, name: str) -> None:
+    plan = make_plan(base(BASES[name]), f"{BASES[name]['num_hidden_layers']}A")
+    assert plan.base_parameters == plan.parameters == BASE_PARAMETERS[name]
+
+
 @pytest.mark.parametrize("name", BASES)
 def test_every_base_has_a_default_geometry_that_fits(base: Any, name: str) -> None:
     layers = BASES[name]["num_hidden_layers"]
-    attention = layers // 4 + 1
+    attention = layers // 4
     plan = make_plan(base(BASES[name]), f"{attention}MLA{layers - attention}GDN")
     assert plan.geometry == default_geometry(plan.base_config)
     assert plan.kv_percent_of_base < 10
     assert 0.9 < plan.parameters / plan.base_parameters < 1.5
+
+
+@pytest.mark.parametrize(
+    "name, heads, width",
+    [
+        ("Llama-3.1-8B", 12, 256),
+        ("Qwen2.5-7B", 11, 256),  # 10.5
+        ("Qwen2.5-1.5B", 5, 256),  # 4.5
+        ("Qwen3-4B", 8, 256),  # 7.5
+        ("Qwen3-0.6B", 3, 256),
+        ("SmolLM2-360M", 6, 128),  # 5.6
+        ("Qwen2.5-0.5B", 5, 128),  # 5.25
+        ("SmolLM2-135M", 3, 128),  # 3.4
+        ("demo", 2, 64),  # 1.5
+    ],
+)
+def test_gated_deltanet_is_three_quarters_as_wide_as_the_model_in_whole_heads(
+    base: Any, name: str, heads: int, width: int
+) -> None:
+    geometry = make_plan(base(BASES[name]), f"{BASES[name]['num_hidden_layers']}GDN").geometry
+    assert (geometry["gdn_num_heads"], geometry["gdn_head_dim"]) == (heads, width)
+
+
+@pytest.mark.parametrize("linear", ["GDN", "M2"])
+@pytest.mark.parametrize("name", BASES)
+def test_every_base_makes_a_hybrid_with_the_parameters_of_its_plan(base: Any, name: str, linear: str) -> None:
+    half = BASES[name]["num_hidden_layers"] // 2
+    plan = make_plan(base(BASES[name]), f"{half}MLA{half}{linear}")
+    with torch.device("meta"):
+        model = HyloForCausalLM(planned_config(plan, "pairs-fast"))
+    assert plan.parameters == model.num_parameters()
+    for layer, built in zip(plan.layers, model.model.layers, strict=True):
+        assert layer.parameters == sum(p.numel() for p in built.parameters())
 
 
 def test_the_demo_base_keeps_less_than_a_tenth_of_its_cache(base: Any) -> None:
@@ -152,45 +222,57 @@ def test_the_demo_base_keeps_less_than_a_tenth_of_its_cache(base: Any) -> None:
     assert plan.kv_percent_of_base == pytest.approx(100 * 2 * (48 + 16) / (6 * 2 * 2 * 64))
 
 
+@pytest.mark.parametrize("k_norm", ["exact", "folded"])
 @pytest.mark.parametrize("layout", ["3A", "3MLA", "3GDN", "3M2", "1A2M2", "1MLA2GDN"])
 @pytest.mark.parametrize("family", TINY)
-def test_formulas_count_what_a_model_has(base: Any, family: str, layout: str) -> None:
+def test_formulas_count_what_a_model_has(base: Any, family: str, layout: str, k_norm: Any) -> None:
     overrides = {"qk_rope_head_dim": 4, "gdn_num_heads": 3, "gdn_head_dim": 8, "conv_kernel_size": 3}
-    plan = make_plan(base(TINY[family]), layout, geometry=overrides)
+    plan = make_plan(base(TINY[family]), layout, geometry=overrides, k_norm=k_norm)
     with torch.device("meta"):
-        model = HyloForCausalLM(hylo_config(plan.base_config, plan.mixers, plan.geometry, "pairs-fast"))
+        model = HyloForCausalLM(planned_config(plan, "pairs-fast"))
         original = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(plan.base))
     assert plan.parameters == model.num_parameters()
     assert plan.base_parameters == original.num_parameters()
     for layer, built in zip(plan.layers, model.model.layers, strict=True):
         assert layer.parameters == sum(p.numel() for p in built.parameters())
-        assert layer.mixer_parameters == sum(p.numel() for p in built.mixer.parameters())
+        assert layer.mixer_parameters == sum(p.numel() for p in built.get_submodule("mixer").parameters())
 
 
-@pytest.mark.parametrize("name, layout", [("Llama-3.2-1B", "4MLA12GDN"), ("Qwen3-1.7B", "14MLA14M2")])
-def test_formulas_count_what_a_real_size_has(base: Any, name: str, layout: str) -> None:
-    plan = make_plan(base(BASES[name]), layout)
-    with torch.device("meta"):
-        model = HyloForCausalLM(hylo_config(plan.base_config, plan.mixers, plan.geometry, "recipe"))
-    assert plan.parameters == model.num_parameters()
+def test_a_folded_key_norm_has_no_weight_and_caches_nothing(base: Any) -> None:
+    exact = make_plan(base(BASES["Qwen3-1.7B"]), "7MLA21GDN").to_json()
+    folded = make_plan(base(BASES["Qwen3-1.7B"]), "7MLA21GDN", k_norm="folded").to_json()
+    assert (exact["k_norm"], folded["k_norm"]) == ("exact", "folded")
+    assert folded["parameters"] == exact["parameters"] - 7 * 128
+    assert (exact["kv_extra_bytes_per_token"], folded["kv_extra_bytes_per_token"]) == (7 * 8 * 2, 0)
+    assert folded["kv_bytes_per_token"] == exact["kv_bytes_per_token"]
 
 
-@pytest.mark.parametrize("layout", ["3A", "3MLA", "3GDN", "3M2", "1MLA2GDN", "1A2M2"])
 @pytest.mark.parametrize("family", TINY)
-def test_cache_bytes_are_those_of_a_filled_cache(base: Any, family: str, layout: str) -> None:
-    plan = make_plan(base(TINY[family]), layout, dtype="bfloat16")
-    config = hylo_config(plan.base_config, plan.mixers, plan.geometry, "pairs-fast")
-    model = HyloForCausalLM(config).to(torch.bfloat16).eval()
-    with torch.no_grad():
-        cache = model(torch.arange(7)[None], use_cache=True).past_key_values
-    growing = state = 0
-    for mixer, layer in zip(plan.mixers, cache.layers, strict=True):
-        if mixer in ("attention", "mla"):
-            growing += layer.keys.nbytes + layer.values.nbytes
-        else:
-            state += layer.conv_states[0].nbytes + layer.recurrent_states[0].nbytes
-    assert growing == 7 * (plan.kv_bytes_per_token + plan.kv_extra_bytes_per_token)
-    assert state == plan.state_bytes_per_sequence
+def test_ranks_of_their_own_are_counted_layer_by_layer(base: Any, family: str) -> None:
+    plan = make_plan(base(TINY[family]), "2MLA1GDN", [0, 2], kv_lora_ranks=[5, 999, 17], dtype="float32")
+    assert plan.kv_lora_ranks == plan.to_json()["kv_lora_ranks"] == [5, 0, 17]
+    rope = plan.geometry["qk_rope_head_dim"]
+    assert [layer.kv_bytes_per_token for layer in plan.layers] == [4 * (5 + rope), 0, 4 * (17 + rope)]
+    with torch.device("meta"):
+        model = HyloForCausalLM(planned_config(plan, "recipe"))
+    for layer, built in zip(plan.layers, model.model.layers, strict=True):
+        assert layer.parameters == sum(p.numel() for p in built.parameters())
+    console = Console(width=200, record=True, file=io.StringIO())
+    plan.print(console)
+    assert "kv_lora_rank 5 to 17" in console.export_text()
+
+
+@pytest.mark.parametrize(
+    "ranks, named",
+    [
+        ([8, 8], "kv_lora_ranks has 2 entries for 6 layers"),
+        ([0, 8, 0, 0, 0, 0], "kv_lora_ranks has 0 for layer 4"),
+        ([0, 129, 0, 0, 8, 0], "kv_lora_ranks has 129 for layer 1, whose matrix is 224 x 128; choose 1 to 128"),
+    ],
+)
+def test_ranks_that_do_not_fit_are_named(base: Any, ranks: list[int], named: str) -> None:
+    with pytest.raises(HyloError, match=named):
+        make_plan(base(BASES["demo"]), "2MLA4GDN", kv_lora_ranks=ranks)
 
 
 def test_bytes_follow_the_dtypes(base: Any) -> None:
@@ -203,12 +285,6 @@ def test_bytes_follow_the_dtypes(base: Any) -> None:
     assert stated.state_bytes_per_sequence == 4 * recurrent + 2 * columns
     narrow = make_plan(directory, "4MLA12GDN", state_dtype="bfloat16")
     assert narrow.state_bytes_per_sequence == 2 * recurrent + 2 * columns
-
-
-def test_exact_key_norms_are_a_figure_of_their_own(base: Any) -> None:
-    plan = make_plan(base(BASES["Qwen3-1.7B"]), "7MLA21GDN")
-    assert plan.kv_bytes_per_token == 7 * (256 + 64) * 2
-    assert plan.kv_extra_bytes_per_token == 7 * 8 * 2
 
 
 def test_dependent_widths_follow_overrides(base: Any) -> None:
@@ -246,9 +322,10 @@ def test_geometry_that_does_not_fit_is_named(base: Any, overrides: dict[str, Any
     assert "\n" not in str(error.value)
 
 
-def test_unknown_dtypes_are_named(base: Any) -> None:
-    with pytest.raises(HyloError, match="float8"):
-        make_plan(base(BASES["demo"]), "2MLA4GDN", dtype="float8")
+def test_unknown_choices_are_named(base: Any) -> None:
+    for choice in ("dtype", "state_dtype", "k_norm"):
+        with pytest.raises(HyloError, match="float8"):
+            make_plan(base(BASES["demo"]), "2MLA4GDN", **{choice: "float8"})  # type: ignore[arg-type]
 
 
 def test_the_table_shows_every_layer_and_the_totals(base: Any) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
+from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers.activations import ACT2FN
 
 from hylo.errors import HyloError
 from hylo.files import read_json
@@ -17,9 +18,16 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-BASES = {"llama": (LlamaConfig, "LlamaForCausalLM"), "qwen3": (Qwen3Config, "Qwen3ForCausalLM")}
+BASES = {
+    "llama": (LlamaConfig, "LlamaForCausalLM"),
+    "qwen2": (Qwen2Config, "Qwen2ForCausalLM"),  # Qwen2.5 too
+    "qwen3": (Qwen3Config, "Qwen3ForCausalLM"),
+}
+CONVERTED = "dense Llama, Qwen2.5 and Qwen3 checkpoints are converted"
+EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 REQUIRED_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 ROPE_TYPES = ("default", "llama3")
+LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 class Weights:
@@ -47,10 +55,12 @@ class Weights:
                         f"tensor {name} in {path} is {part.get_dtype()}; "
                         "only float32, bfloat16 and float16 weights are read"
                     )
+                if name in self.shapes:
+                    raise HyloError(f"tensor {name} is in two files of {self.directory}; remove one of them")
                 self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), DTYPES[part.get_dtype()]
                 self._files[name] = file
         except (SafetensorError, OSError) as error:
-            reason = str(error).splitlines()[0]
+            reason = " ".join(str(error).split())
             raise HyloError(f"{path} is not a whole safetensors file ({reason}); copy or download it again") from error
 
     def __getitem__(self, name: str) -> Tensor:
@@ -82,24 +92,30 @@ def weight_files(directory: Path) -> list[Path]:
             raise HyloError(
                 f"weight index {directory / INDEX} names {shard}, outside its own directory; restore the index"
             )
+        if not shard.endswith(".safetensors"):
+            raise HyloError(f"weight index {directory / INDEX} names {shard}; only safetensors files are read")
         if not (directory / shard).is_file():
             raise HyloError(f"weight index {directory / INDEX} names {shard}, which is missing; copy it there")
     return [directory / shard for shard in sorted(set(shards.values()))]
 
 
 def read_base_config(directory: Path) -> PreTrainedConfig:
-    """config.json of a base that can be converted (Llama-3.x or Qwen3). Raises HyloError for any other, by name."""
+    """config.json of a base that can be converted (Llama, Qwen2.5, Qwen3), with a head_dim.
+
+    Raises HyloError for any other, by name.
+    """
     if not directory.is_dir():
         problem = "is a file, not a directory" if directory.exists() else "does not exist"
         raise HyloError(f"base directory {directory} {problem}; check the path")
     path = directory / "config.json"
     raw = read_json(path, "configuration")
-    model_type = raw.get("model_type")
     _refuse_unsupported(raw, path)
     if missing := [key for key in REQUIRED_KEYS if key not in raw]:
         raise HyloError(f"configuration {path} has no {', '.join(missing)}; restore the file")
     try:
-        config = BASES[str(model_type)][0].from_dict(raw)
+        config = BASES[raw["model_type"]][0].from_dict(raw)
+        if getattr(config, "head_dim", None) is None:  # Qwen2.5's have none
+            config.head_dim = config.hidden_size // config.num_attention_heads
     except Exception as error:  # transformers validates with exceptions of many classes
         reason = " ".join(str(error).split())
         raise HyloError(f"configuration {path} is not valid ({reason}); restore the file") from error
@@ -109,25 +125,28 @@ def read_base_config(directory: Path) -> PreTrainedConfig:
 
 def _refuse_unsupported(raw: dict[str, Any], path: Path) -> None:
     """One line for each kind of model that conversion does not know."""
-    model_type, architectures = raw.get("model_type"), raw.get("architectures") or []
-    supported = "Llama-3.x and Qwen3 dense checkpoints are converted"
+    model_type, listed = str(raw.get("model_type")), raw.get("architectures") or []
+    architectures = [str(name) for name in listed] if isinstance(listed, list) else [str(listed)]
+    what = architectures[0] if architectures else f"model_type {model_type}"
+    experts = next((key for key in EXPERT_KEYS if raw.get(key)), None)
     if model_type not in BASES:
-        what = architectures[0] if architectures else f"model_type {model_type}"
-        kind = "a mixture of experts" if "moe" in f"{model_type} {what}".lower() else "not supported"
-        raise HyloError(f"base {path} is {what}, which is {kind}; {supported}")
+        moe = experts or "moe" in f"{model_type} {what}".lower() or model_type == "mixtral"
+        kind = "a mixture of experts, which is not supported" if moe else "which is not supported"
+        raise HyloError(f"base {path} is {what}, {kind}; {CONVERTED}")
     if architectures and BASES[model_type][1] not in architectures:
-        raise HyloError(f"base {path} is {architectures[0]}, no causal language model; {supported}")
+        raise HyloError(f"base {path} is {what}, not {BASES[model_type][1]}; {CONVERTED}")
     if raw.get("quantization_config"):
         quantised = raw["quantization_config"]
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
         raise HyloError(f"base {path} is quantised ({method}); convert the unquantised checkpoint")
-    if experts := next((key for key in ("num_experts", "num_local_experts", "n_routed_experts") if raw.get(key)), None):
-        raise HyloError(f"base {path} is a mixture of experts ({experts} {raw[experts]}); {supported}")
-    sliding = "sliding_attention" in (raw.get("layer_types") or [])
-    if sliding or raw.get("use_sliding_window") or (raw.get("sliding_window") and "use_sliding_window" not in raw):
-        raise HyloError(f"base {path} has sliding-window attention, which is not supported; {supported}")
-    if raw.get("attention_bias"):
-        raise HyloError(f"base {path} has attention_bias, which is not supported; {supported}")
+    if experts:
+        raise HyloError(f"base {path} is a mixture of experts ({experts} {raw[experts]}); {CONVERTED}")
+    # Qwen's configurations name a window that is off unless use_sliding_window says so
+    window = raw.get("use_sliding_window", model_type == "llama" and raw.get("sliding_window"))
+    if window or "sliding_attention" in str(raw.get("layer_types")):
+        raise HyloError(f"base {path} has sliding-window attention, which is not supported; {CONVERTED}")
+    if raw.get("attention_bias"):  # Qwen2.5's biases on queries, keys and values have no key
+        raise HyloError(f"base {path} has attention_bias, which is not supported; {CONVERTED}")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
     if rope_type not in ROPE_TYPES:
@@ -137,8 +156,9 @@ def _refuse_unsupported(raw: dict[str, Any], path: Path) -> None:
 def _check_figures(config: PreTrainedConfig, path: Path) -> None:
     positive = (*REQUIRED_KEYS, "num_key_value_heads", "head_dim", "max_position_embeddings")
     for key in positive:
-        if getattr(config, key) < 1:
-            raise HyloError(f"configuration {path} has {key} {getattr(config, key)}; it must be at least 1")
+        value = getattr(config, key)
+        if not isinstance(value, int) or value < 1:
+            raise HyloError(f"configuration {path} has {key} {value!r}; it must be a whole number of at least 1")
     if config.num_attention_heads % config.num_key_value_heads:
         raise HyloError(
             f"configuration {path} has {config.num_attention_heads} query heads, no multiple of "
@@ -146,6 +166,13 @@ def _check_figures(config: PreTrainedConfig, path: Path) -> None:
         )
     if config.head_dim % 2:
         raise HyloError(f"configuration {path} has head_dim {config.head_dim}; RoPE needs an even one")
+    if config.hidden_act not in ACT2FN:
+        raise HyloError(f"configuration {path} has hidden_act {config.hidden_act}, which transformers does not know")
+    rope = config.rope_parameters
+    for key in ("rope_theta", *(LLAMA3_KEYS if rope["rope_type"] == "llama3" else ())):
+        value = rope.get(key)
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise HyloError(f"configuration {path} has {key} {value!r}; it must be a number above 0")
 
 
 def dtype_of(config: PreTrainedConfig) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,15 +22,18 @@ app = typer.Typer(
 )
 console = Console()
 
-Init = Literal["recipe", "pairs-stride", "pairs-fast", "random"]
+Init = Literal["recipe", "pairs-stride", "pairs-fast", "pairs-best", "random"]
+LinearInit = Literal["recipe", "aligned", "calibrated"]
+KNorm = Literal["exact", "folded"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Precision = Literal["float32", "bf16"]
 
-BaseArgument = Annotated[Path, typer.Argument(help="Llama or Qwen3 checkpoint directory")]
+BaseArgument = Annotated[Path, typer.Argument(help="Llama, Qwen2.5 or Qwen3 checkpoint directory")]
 OutArgument = Annotated[Path, typer.Argument(help="directory to write; must not exist")]
 LayoutOption = Annotated[str, typer.Option(help="e.g. 4MLA12GDN, 8MLA8M2, 8A8M2")]
 PositionsOption = Annotated[str | None, typer.Option(help="indices of the MLA (or attention) layers, e.g. 1,5,10,14")]
-GeometryOption = Annotated[list[str] | None, typer.Option("--set", help="a figure of the mixers, e.g. kv_lora_rank=64")]
+GeometryOption = Annotated[list[str] | None, typer.Option("--set", help="a figure of the mixers, e.g. gdn_num_heads=4")]
+KNormOption = Annotated[KNorm, typer.Option(help="Qwen3's key norm in MLA: kept, or its mean folded into the weights")]
 DataOption = Annotated[list[str], typer.Option("--data", help="text file, folder, or python-stdlib; repeatable")]
 FactsOption = Annotated[float, typer.Option(help="share of rows with synthetic retrieval", min=0, max=1)]
 
@@ -40,6 +44,7 @@ def plan(
     layout: LayoutOption,
     mla_layers: PositionsOption = None,
     geometry: GeometryOption = None,
+    k_norm: KNormOption = "exact",
     dtype: Annotated[Dtype | None, typer.Option(help="of weights and cache; the checkpoint's if left out")] = None,
     state_dtype: Annotated[Dtype, typer.Option(help="of the recurrent state")] = "float32",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
@@ -47,7 +52,7 @@ def plan(
     """Prints which layer becomes what, and what it costs. Needs only BASE/config.json."""
     from hylo.plan import make_plan
 
-    result = make_plan(base, layout, _indices(mla_layers), _geometry(geometry), dtype, state_dtype)
+    result = make_plan(base, layout, _indices(mla_layers), _geometry(geometry), dtype, state_dtype, k_norm)
     if as_json:
         print(json.dumps(result.to_json(), indent=1))
     else:
@@ -62,35 +67,101 @@ def convert(
     mla_layers: PositionsOption = None,
     geometry: GeometryOption = None,
     init: Annotated[Init, typer.Option(help="how MLA starts; random: every mixer drawn afresh")] = "pairs-fast",
-    linear_init: Annotated[Literal["recipe", "aligned"], typer.Option(help="how linear blocks start")] = "aligned",
+    rope_key: Annotated[
+        Literal["mean", "pca"] | None,
+        typer.Option(help="the one rotated key, from the kv heads'; default pca, mean for recipe and on Qwen3"),
+    ] = None,
+    k_norm: KNormOption = "exact",
+    rank: Annotated[
+        str | None, typer.Option(help="kv_lora_rank: a number, or energy=0.95 for each layer's own")
+    ] = None,
+    rank_report: Annotated[bool, typer.Option("--rank-report", help="print the energy that the ranks keep")] = False,
+    linear_init: Annotated[
+        LinearInit | None, typer.Option(help="how linear blocks start; default aligned, with --calibrate calibrated")
+    ] = None,
+    linear_fraction: Annotated[float, typer.Option(help="of the attention's output that they start with")] = 0.01,
+    linear_steps: Annotated[int, typer.Option(help="of fitting each calibrated one to its attention", min=0)] = 300,
+    calibrate: Annotated[list[str] | None, typer.Option(help="text file, folder or python-stdlib; repeatable")] = None,
+    calibration_tokens: Annotated[int, typer.Option(help="of that text to run the base on", min=1)] = 4096,
+    calibration_length: Annotated[int, typer.Option(help="tokens of a row", min=2)] = 512,
     dtype: Annotated[Dtype | None, typer.Option(help="of the weights written; the base's if left out")] = None,
+    shard_gib: Annotated[float, typer.Option(help="size of a weight file", min=0.001)] = 1.0,
     seed: Annotated[int, typer.Option(help="of what is drawn at random", min=0)] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
 ) -> None:
     """Replaces the base's attention by the layout's mixers, initialised from it."""
-    from hylo.convert import check_init, read_base
+    from hylo.convert import Initialisation, measure_ranks, planned_config, print_ranks, read_base, with_energy
     from hylo.convert import convert as run
+    from hylo.pipeline import read_calibration
     from hylo.plan import make_plan
+    from hylo.recipe import parse_rank
 
-    result = make_plan(base, layout, _indices(mla_layers), _geometry(geometry), dtype)
-    result.print(console)
+    number, energy = parse_rank(rank)
+    figures = _geometry(geometry) | ({} if number is None else {"kv_lora_rank": number})
+    result = make_plan(base, layout, _indices(mla_layers), figures, dtype, k_norm=k_norm)
     _absent(out)
-    check_init(result, init, linear_init)  # what is wrong is said in a dry run too
-    read_base(base)
-    if dry_run:
-        return
+    ids = read_calibration(base, calibrate, calibration_tokens, calibration_length) if calibrate else None
+    initialisation = Initialisation(init, linear_init, rope_key, ids, linear_fraction, linear_steps)
+    initialisation.check(result)  # what is wrong is said in a dry run too
+    checkpoint = read_base(base)
     with Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("convert", total=len(result.mixers))
-        run(
-            base,
+        if energy is not None:
+            result = with_energy(result, initialisation, energy, _shown(bar, "ranks"))
+        result.print(console)
+        if rank_report:
+            config = planned_config(result, init)
+            print_ranks(measure_ranks(checkpoint, config, initialisation, progress=_shown(bar, "energies")), console)
+        if dry_run:
+            return
+        shard_bytes = int(shard_gib * 2**30)
+        run(base, out, result, initialisation, seed, dtype, shard_bytes, _shown(bar, "convert"))
+    console.print(f"wrote {out}")
+
+
+@app.command("import")
+def import_(
+    release: Annotated[Path, typer.Argument(help="released checkpoint: hybrid_config.json, config.json, weights")],
+    out: OutArgument,
+    rope_pairing: Annotated[
+        Literal["interleaved", "half-split"], typer.Option(help="rows that turn together; releases have neighbours")
+    ] = "interleaved",
+    renames: Annotated[
+        list[str] | None,
+        typer.Option("--map", help="OLD=NEW: tensors named, or ending in, OLD are read as NEW; repeatable"),
+    ] = None,
+    lenient: Annotated[bool, typer.Option("--lenient", help="keep unknown keys of hybrid_config.json unread")] = False,
+    dtype: Annotated[Dtype | None, typer.Option(help="of the weights written; the checkpoint's if left out")] = None,
+) -> None:
+    """Reads a released HyLo checkpoint and writes it as a model directory of this package."""
+    from hylo.convert.released import import_released
+
+    _absent(out)
+    with Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal) as bar:
+        import_released(
+            release,
             out,
-            result,
-            init=init,
-            linear_init=linear_init,
-            seed=seed,
+            rope_pairing=rope_pairing,
+            renames=_renames(renames),
+            lenient=lenient,
             dtype=dtype,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=_shown(bar, "import"),
         )
+    console.print(f"wrote {out}")
+
+
+@app.command()
+def export(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="directory written by hylo")],
+    out: OutArgument,
+    portable: Annotated[bool, typer.Option("--portable", help="with the model's code; what export does now")] = False,
+) -> None:
+    """Copies a hybrid so that transformers loads it on machines without this package."""
+    from hylo.export import export_portable
+
+    if not portable:
+        raise HyloError("export writes portable directories, nothing else yet; add --portable")
+    _absent(out)
+    export_portable(directory, out)
     console.print(f"wrote {out}")
 
 
@@ -165,7 +236,7 @@ def upcycle(
 
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="Llama, Qwen3 or hylo directory")],
+    model: Annotated[Path, typer.Argument(help="Llama, Qwen2.5, Qwen3 or hylo directory")],
     teacher: Annotated[Path | None, typer.Option(help="also measure KL to this model")] = None,
     lengths: Annotated[str, typer.Option(help="contexts in tokens")] = "2048,8192",
     text: Annotated[list[str] | None, typer.Option(help="held-out text file or folder; default python-stdlib")] = None,
@@ -244,6 +315,12 @@ def _absent(out: Path) -> None:
         raise HyloError(f"{out} exists already; choose another output directory or remove it")
 
 
+def _shown(bar: Progress, name: str) -> Callable[[int, int], None]:
+    """A callback (done, total) that moves a line of its own in the progress display."""
+    task = bar.add_task(name, total=None)
+    return lambda done, total: bar.update(task, completed=done, total=total)
+
+
 def _indices(text: str | None) -> list[int] | None:
     if text is None:
         return None
@@ -251,6 +328,16 @@ def _indices(text: str | None) -> list[int] | None:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise HyloError(f"{text!r} is no list of whole numbers; write e.g. 1,5,10,14") from None
+
+
+def _renames(settings: list[str] | None) -> dict[str, str]:
+    renames = {}
+    for setting in settings or []:
+        old, _, new = setting.partition("=")
+        if not old or not new:
+            raise HyloError(f"--map {setting}: write OLD=NEW, e.g. mla.query_norm.weight=mla.q_norm.weight")
+        renames[old] = new
+    return renames
 
 
 def _geometry(settings: list[str] | None) -> dict[str, int]:

@@ -63,7 +63,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise HyloError(f"{what} {path} does not exist; check the path") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise HyloError(f"{what} {path} is not readable JSON ({error}); restore the file") from error
     if not isinstance(value, dict):
         raise HyloError(f"{what} {path} holds no JSON object; restore the file")

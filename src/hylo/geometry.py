@@ -4,11 +4,14 @@ Everything here follows from the base's configuration and a dict of HyloConfig's
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from transformers import PreTrainedConfig
 
 from hylo.errors import HyloError
+
+KNorm = Literal["exact", "folded"]  # of MLA on Qwen3: the norm as it is, or its mean multiplied into the weights
 
 # The three bases whose hybrids are published: (hidden, layers, query heads, kv heads, head_dim) -> kv and query rank.
 PUBLISHED_RANKS = {
@@ -121,30 +124,51 @@ def _multiple_of_8(x: float) -> int:
     return max(8, 8 * math.ceil(x / 8))
 
 
-def mixer_parameters(base: PreTrainedConfig, mixer: str, geometry: Mapping[str, int]) -> int:
-    """Parameters of one mixer."""
+def check_kv_ranks(
+    base: PreTrainedConfig, mixers: Sequence[str], geometry: Mapping[str, int], ranks: Sequence[int]
+) -> list[int]:
+    """kv_lora_rank layer by layer: `ranks` where the layer is MLA, 0 elsewhere. Raises HyloError, naming the layer."""
+    if len(ranks) != len(mixers):
+        raise HyloError(f"kv_lora_ranks has {len(ranks)} entries for {len(mixers)} layers; give one for every layer")
+    rows, hidden = _kv_rows(base, geometry), base.hidden_size
+    for i, (mixer, rank) in enumerate(zip(mixers, ranks, strict=True)):
+        if mixer == "mla" and not 1 <= rank <= min(rows, hidden):
+            raise HyloError(
+                f"kv_lora_ranks has {rank} for layer {i}, whose matrix is {rows} x {hidden}; "
+                f"choose 1 to {min(rows, hidden)}"
+            )
+    return [rank if mixer == "mla" else 0 for mixer, rank in zip(mixers, ranks, strict=True)]
+
+
+def mixer_parameters(base: PreTrainedConfig, mixer: str, geometry: Mapping[str, int], k_norm: KNorm = "exact") -> int:
+    """Parameters of one mixer; with `k_norm` folded, MLA has no key norm's weight."""
     hidden, heads, kv_heads, head_dim = (
         base.hidden_size,
         base.num_attention_heads,
         base.num_key_value_heads,
         base.head_dim,
     )
-    qk_norm = 2 * head_dim if base.model_type == "qwen3" else 0
+    norm = head_dim if base.model_type == "qwen3" else 0
+    biased = base.model_type == "qwen2"  # queries, keys and values, whatever they become
     if mixer == "attention":
-        return 2 * hidden * (heads + kv_heads) * head_dim + qk_norm
+        biases = (heads + 2 * kv_heads) * head_dim * biased
+        return 2 * hidden * (heads + kv_heads) * head_dim + 2 * norm + biases
     if mixer == "mla":
         r_q, r_kv = geometry["q_lora_rank"], geometry["kv_lora_rank"]
         queries = r_q * hidden + heads * head_dim * r_q
         latent = (r_kv + geometry["qk_rope_head_dim"]) * hidden + _kv_rows(base, geometry) * r_kv
-        return queries + latent + hidden * heads * geometry["v_head_dim"] + qk_norm
+        biases = (heads * head_dim + r_kv + geometry["qk_rope_head_dim"] + _kv_rows(base, geometry)) * biased
+        norms = norm if k_norm == "folded" else 2 * norm
+        return queries + latent + hidden * heads * geometry["v_head_dim"] + norms + biases
     taps = geometry["conv_kernel_size"]
     if mixer == "gated_deltanet":
         gdn_heads, width = geometry["gdn_num_heads"], geometry["gdn_head_dim"]
         key, value = gdn_heads * width, gdn_heads * width * geometry["gdn_expand_v"]
         projections = hidden * (2 * key + 3 * value + 2 * gdn_heads)  # q k | v g o | a b
-        return projections + 2 * gdn_heads + taps * (2 * key + value) + geometry["gdn_expand_v"] * width
+        scalars_and_norm = 2 * gdn_heads + geometry["gdn_expand_v"] * width
+        return projections + scalars_and_norm + (taps + biased) * (2 * key + value)
     d_inner, mamba_heads, channels = geometry["mamba_d_inner"], geometry["mamba_num_heads"], _mamba_channels(geometry)
-    in_proj = hidden * (d_inner + channels + mamba_heads)
+    in_proj = (hidden + biased) * (d_inner + channels + mamba_heads)
     return in_proj + (taps + 1) * channels + 3 * mamba_heads + d_inner + hidden * d_inner
 
 
@@ -162,9 +186,9 @@ def cached_values_per_token(base: PreTrainedConfig, mixer: str, geometry: Mappin
     return geometry["kv_lora_rank"] + geometry["qk_rope_head_dim"] if mixer == "mla" else 0
 
 
-def extra_values_per_token(base: PreTrainedConfig, mixer: str) -> int:
+def extra_values_per_token(base: PreTrainedConfig, mixer: str, k_norm: KNorm = "exact") -> int:
     """What an exact key norm (Qwen3) caches beside MLA's latent: 1/rms per kv head; published figures leave it out."""
-    return base.num_key_value_heads if mixer == "mla" and base.model_type == "qwen3" else 0
+    return base.num_key_value_heads if mixer == "mla" and base.model_type == "qwen3" and k_norm == "exact" else 0
 
 
 def state_values(mixer: str, geometry: Mapping[str, int]) -> tuple[int, int]:

@@ -7,15 +7,18 @@ RUN/control/ and RUN/no_alignment/ hold the controls' directories
 import time
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hylo.convert import check_init, convert, read_base
+from hylo.convert import Initialisation, convert, read_base, with_energy
+from hylo.convert.calibration import calibration_rows
 from hylo.data.retrieval import FactFormat
 from hylo.data.rows import RowDataset
 from hylo.data.sources import held_out_stream, training_stream, whole_stream
@@ -28,7 +31,7 @@ from hylo.evaluate.evaluate import Workload, evaluate_models, print_results
 from hylo.files import read_json, write_json, write_text
 from hylo.modeling.loading import read_configuration
 from hylo.plan import Plan, make_plan
-from hylo.recipe import Data, Recipe, dump_recipe
+from hylo.recipe import Data, Recipe, dump_recipe, parse_rank
 from hylo.report import read_metrics, write_report
 
 
@@ -37,19 +40,31 @@ def upcycle(recipe: Recipe, run: Path, console: Console) -> dict[str, Any]:
 
     Raises HyloError on bad input, whatever can be known of it before any training.
     """
-    plan = make_plan(recipe.base, recipe.layout, recipe.mla_layers, recipe.geometry, recipe.dtype)
-    plan.print(console)
-    check_init(plan, recipe.init, recipe.linear_init)
+    rank, energy = parse_rank(recipe.rank)
+    figures = recipe.geometry | ({} if rank is None else {"kv_lora_rank": rank})
+    plan = make_plan(recipe.base, recipe.layout, recipe.mla_layers, figures, recipe.dtype, k_norm=recipe.k_norm)
+    data = TrainingData(recipe.data, read_tokenizer(recipe.base))
+    initialisation = Initialisation(
+        recipe.init,
+        recipe.linear_init,
+        recipe.rope_key,
+        data.calibration(recipe.calibration_tokens, recipe.calibration_length) if recipe.calibration_tokens else None,
+        recipe.linear_fraction,
+        recipe.linear_steps,
+    )
+    initialisation.check(plan)
     read_base(recipe.base)
+    if energy is not None:
+        plan = with_energy(plan, initialisation, energy)
+    plan.print(console)
     read_configuration(recipe.extension_teacher)
     check_pair(recipe.base, recipe.base, recipe.align.length)
     check_pair(recipe.base, recipe.extension_teacher, recipe.extend[-1].length)
-    data = TrainingData(recipe.data, read_tokenizer(recipe.base))
     work = workload(recipe, data)
     console.print(f"evaluation will read {work.tokens_read:,} tokens a model")
     _claim(run, recipe)
     write_json(run / "plan.json", plan.to_json())
-    stages = _train(recipe, plan, data, run, console)
+    stages = _train(recipe, plan, initialisation, data, run, console)
     results = _evaluate(recipe, stages, work, run, console)
     print_results(results, console)
     report = build_report(recipe, plan, run, results)
@@ -79,6 +94,10 @@ class TrainingData:
     def facts(self) -> FactFormat:
         return FactFormat.of(self.tokenizer)
 
+    def calibration(self, tokens: int, length: int) -> Tensor:
+        """Rows of training text for conversion, (rows, length)."""
+        return calibration_rows(self.stream, tokens, length)
+
     def rows(self, stage: str, seed: int) -> Callable[[int, int], RowDataset]:
         """A stage's rows by length and count; another stage draws other rows."""
         facts = self.facts if self.data.facts else None
@@ -92,6 +111,11 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).split("\n")[0]
         raise HyloError(f"{directory} has no usable tokenizer ({reason}); add the base's tokenizer files") from error
+
+
+def read_calibration(base: Path, text: list[str], tokens: int, length: int) -> Tensor:
+    """Rows (rows, length) of text to run a base on at conversion; never of what an evaluation would read."""
+    return TrainingData(Data(text=text, facts=0), read_tokenizer(base)).calibration(tokens, length)
 
 
 def _claim(run: Path, recipe: Recipe) -> None:
@@ -125,7 +149,9 @@ def workload(recipe: Recipe, data: TrainingData) -> Workload:
     return work
 
 
-def _train(recipe: Recipe, plan: Plan, data: TrainingData, run: Path, console: Console) -> dict[str, Path]:
+def _train(
+    recipe: Recipe, plan: Plan, initialisation: Initialisation, data: TrainingData, run: Path, console: Console
+) -> dict[str, Path]:
     """Writes the model directories that are missing; returns the directory of every stage to evaluate."""
 
     def once(name: str, directory: Path, make: Callable[[], None]) -> Path:
@@ -138,20 +164,9 @@ def _train(recipe: Recipe, plan: Plan, data: TrainingData, run: Path, console: C
             console.print(f"{name}: done in {time.monotonic() - began:.0f} s")
         return directory
 
-    def converted(directory: Path, init: str) -> Path:
-        return once(
-            "convert",
-            directory,
-            lambda: convert(
-                recipe.base,
-                directory,
-                plan,
-                init=init,
-                linear_init=recipe.linear_init,
-                seed=recipe.seed,
-                dtype=recipe.dtype,
-            ),
-        )
+    def converted(directory: Path, how: Initialisation) -> Path:
+        make = partial(convert, recipe.base, directory, plan, how, seed=recipe.seed, dtype=recipe.dtype)
+        return once("convert", directory, make)
 
     def extended(student: Path, folder: Path, stages: list[Training]) -> Path:
         arm = "" if folder == run else f" ({folder.name})"
@@ -164,7 +179,7 @@ def _train(recipe: Recipe, plan: Plan, data: TrainingData, run: Path, console: C
             student = once(f"extend to {stage.length}{arm}", out, make)
         return student
 
-    start = converted(run / "converted", recipe.init)
+    start = converted(run / "converted", initialisation)
     aligned = once(
         "align",
         run / "aligned",
@@ -179,7 +194,8 @@ def _train(recipe: Recipe, plan: Plan, data: TrainingData, run: Path, console: C
     if recipe.controls:
         first, *rest = recipe.extend
         longer = [first.model_copy(update={"tokens": first.tokens + recipe.align.tokens}), *rest]
-        stages["control"] = extended(converted(run / "control" / "converted", "random"), run / "control", recipe.extend)
+        random = converted(run / "control" / "converted", replace(initialisation, init="random"))
+        stages["control"] = extended(random, run / "control", recipe.extend)
         stages["no_alignment"] = extended(start, run / "no_alignment", longer)
     return stages
 

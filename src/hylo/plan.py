@@ -3,15 +3,18 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedConfig
 
 from hylo.checkpoint import check_dtype, dtype_of, read_base_config
+from hylo.errors import HyloError
 from hylo.geometry import (
+    KNorm,
     cached_values_per_token,
+    check_kv_ranks,
     complete_geometry,
     extra_values_per_token,
     layer_overhead,
@@ -36,7 +39,11 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `convert` makes of a base. `geometry`: HyloConfig's mixer fields; `dtype`: the weights' and the cache's."""
+    """What `convert` makes of a base. `geometry`: HyloConfig's mixer fields; `dtype`: the weights' and the cache's.
+
+    `k_norm` and `kv_lora_ranks` (a rank per layer, 0 where the layer is no MLA; None: the geometry's in all) are
+    HyloConfig's `mla_k_norm` and `kv_lora_ranks`.
+    """
 
     base: Path
     base_config: PreTrainedConfig
@@ -45,6 +52,8 @@ class Plan:
     dtype: str
     state_dtype: str
     layers: list[LayerPlan]
+    k_norm: KNorm = "exact"
+    kv_lora_ranks: list[int] | None = None
 
     @property
     def layout(self) -> str:
@@ -107,6 +116,8 @@ class Plan:
             "dtype": self.dtype,
             "state_dtype": self.state_dtype,
             "geometry": dict(self.geometry),
+            "k_norm": self.k_norm,
+            "kv_lora_ranks": self.kv_lora_ranks,
             "layers": [
                 {
                     "index": layer.index,
@@ -137,7 +148,8 @@ class Plan:
             )
             table.add_row(str(layer.index), layer.mixer, *(f"{figure:,}" if figure else "-" for figure in figures))
         console.print(table)
-        console.print(f"geometry: {', '.join(f'{key} {value}' for key, value in self._used_geometry().items())}")
+        geometry = ", ".join(f"{key} {value}" for key, value in self._used_geometry().items())
+        console.print(f"geometry: {geometry}" if geometry else "geometry: the base's")
         untied = f" ({self.parameters_untied:,} with the tied head counted apart)"
         console.print(
             f"parameters: {self.parameters:,}{untied if self.base_config.tie_word_embeddings else ''}; "
@@ -150,15 +162,18 @@ class Plan:
         )
         console.print(f"state ({self.state_dtype}): {self.state_bytes_per_sequence:,} bytes a sequence, at any length")
 
-    def _used_geometry(self) -> dict[str, int]:
-        """The keys that matter to the mixers at hand."""
+    def _used_geometry(self) -> dict[str, int | str]:
+        """The keys that matter to the mixers at hand, a rank that differs by layer as its range."""
         prefixes = {
             "mla": ("kv_", "q_", "qk_", "v_"),
             "gated_deltanet": ("gdn_", "conv_"),
             "mamba2": ("mamba_", "conv_"),
         }
         used = tuple(prefix for mixer in set(self.mixers) for prefix in prefixes.get(mixer, ()))
-        return {key: value for key, value in self.geometry.items() if key.startswith(used)} if used else {}
+        figures: dict[str, int | str] = {key: n for key, n in self.geometry.items() if used and key.startswith(used)}
+        if ranks := [rank for rank in self.kv_lora_ranks or [] if rank]:
+            figures["kv_lora_rank"] = f"{min(ranks)} to {max(ranks)}"
+        return figures
 
 
 def make_plan(
@@ -168,31 +183,38 @@ def make_plan(
     geometry: Mapping[str, int] | None = None,
     dtype: str | None = None,
     state_dtype: str = "float32",
+    k_norm: KNorm = "exact",
+    kv_lora_ranks: Sequence[int] | None = None,
 ) -> Plan:
     """Plans the conversion of the base directory `base`, of which only config.json is read.
 
     `mla_layers`: where the A or MLA layers stand. `geometry`: overrides of `default_geometry`. `dtype` (default: the
     base's) sets the bytes of the KV cache and convolution columns, `state_dtype` those of the recurrent state.
-    Raises HyloError for a base, layout or geometry that does not fit.
+    `k_norm` (Qwen3): whether MLA keeps the key norm or has it folded into its weights. `kv_lora_ranks`: a rank per
+    layer, of which only the MLA layers' count. Raises HyloError for a base, layout, geometry or rank that does not fit.
     """
     config = read_base_config(base)
     mixers = parse_layout(layout, config.num_hidden_layers, mla_layers)
     full = complete_geometry(config, geometry or {})
+    if k_norm not in get_args(KNorm):
+        raise HyloError(f"k norm {k_norm} is not known; choose one of {', '.join(get_args(KNorm))}")
+    ranks = None if kv_lora_ranks is None else check_kv_ranks(config, mixers, full, kv_lora_ranks)
     dtype = dtype or dtype_of(config)
     value_bytes, state_bytes = check_dtype(dtype).itemsize, check_dtype(state_dtype).itemsize
 
     def layer(index: int, mixer: str) -> LayerPlan:
-        parameters = mixer_parameters(config, mixer, full)
-        state, columns = state_values(mixer, full)
+        own = full if ranks is None else full | {"kv_lora_rank": ranks[index]}
+        parameters = mixer_parameters(config, mixer, own, k_norm)
+        state, columns = state_values(mixer, own)
         return LayerPlan(
             index,
             mixer,
             parameters + layer_overhead(config),
             parameters,
-            cached_values_per_token(config, mixer, full) * value_bytes,
-            extra_values_per_token(config, mixer) * value_bytes,
+            cached_values_per_token(config, mixer, own) * value_bytes,
+            extra_values_per_token(config, mixer, k_norm) * value_bytes,
             state * state_bytes + columns * value_bytes,
         )
 
     layers = [layer(index, mixer) for index, mixer in enumerate(mixers)]
-    return Plan(base, config, mixers, full, dtype, state_dtype, layers)
+    return Plan(base, config, mixers, full, dtype, state_dtype, layers, k_norm, ranks)

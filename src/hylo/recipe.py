@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hylo.data.sources import STANDARD_LIBRARY
 from hylo.distill.settings import Training
@@ -46,8 +46,15 @@ class Recipe(BaseModel):
     layout: str
     mla_layers: list[int] | None = None
     geometry: dict[str, int] = {}
-    init: Literal["recipe", "pairs-stride", "pairs-fast", "random"] = "pairs-fast"
-    linear_init: Literal["recipe", "aligned"] = "aligned"
+    init: Literal["recipe", "pairs-stride", "pairs-fast", "pairs-best", "random"] = "pairs-fast"
+    rope_key: Literal["mean", "pca"] | None = None
+    k_norm: Literal["exact", "folded"] = "exact"
+    rank: int | str | None = Field(None, description="kv_lora_rank: a number, or energy=0.95 for each layer's own")
+    linear_init: Literal["recipe", "aligned", "calibrated"] | None = None
+    linear_fraction: float = Field(0.01, gt=0)
+    linear_steps: int = Field(300, ge=0)
+    calibration_tokens: int = Field(0, ge=0, description="of the training text, to run the base on at conversion")
+    calibration_length: Length = 512
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="the base's if left out")
     data: Data
     align: Training
@@ -63,6 +70,15 @@ class Recipe(BaseModel):
         if lengths != sorted(set(lengths)):
             raise ValueError(f"extend lengths must grow, got {lengths}")
         return self
+
+    @field_validator("rank")
+    @classmethod
+    def _rank_is_understood(cls, rank: int | str | None) -> int | str | None:
+        try:
+            parse_rank(rank)
+        except HyloError as error:
+            raise ValueError(str(error)) from None
+        return rank
 
     @property
     def extension_teacher(self) -> Path:
@@ -85,6 +101,19 @@ def read_recipe(path: Path) -> Recipe:
         return _resolve(Recipe.model_validate(values), path.parent)
     except ValidationError as error:
         raise HyloError(f"recipe {path}: {_one_line(error)}") from None
+
+
+def parse_rank(rank: int | str | None) -> tuple[int | None, float | None]:
+    """A number or a share of energy, written energy=0.95: one of the two, or neither. Raises HyloError for others."""
+    if rank is None:
+        return None, None
+    name, _, value = str(rank).rpartition("=")
+    try:
+        if name not in ("", "energy"):
+            raise ValueError
+        return (int(value), None) if name == "" else (None, float(value))
+    except ValueError:
+        raise HyloError(f"rank {rank} is not understood; write a number, or a share such as energy=0.95") from None
 
 
 def required_keys() -> list[str]:

@@ -6,11 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.utils import logging
 
 FAMILIES: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
 
@@ -32,6 +41,8 @@ def build_base(family: str, **changes: Any) -> PreTrainedModel:
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
+    if family == "qwen2":  # whose heads always share the hidden width
+        figures["hidden_size"] = 64
     model = model_class(config_class(**figures | changes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():

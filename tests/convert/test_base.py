@@ -1,6 +1,7 @@
 """Reading a base: what is refused, and that the line says what, where and how to mend it."""
 
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hylo.checkpoint import INDEX, WEIGHTS, read_base_config
+from hylo.checkpoint import INDEX, WEIGHTS, read_base_config, weight_files
 from hylo.convert import read_base
 from hylo.errors import HyloError
 
@@ -52,6 +53,22 @@ def test_tensors_come_as_stored_and_attention_by_heads(write_base: WriteBase, dt
     assert attention.q_norm is not None and attention.q_norm.shape == (16,)
 
 
+def test_biases_of_queries_keys_and_values_come_by_heads(write_base: WriteBase) -> None:
+    directory = write_base("qwen2")
+    figures = json.loads((directory / "config.json").read_text())
+    figures.pop("head_dim", None)  # as released configurations have it
+    (directory / "config.json").write_text(json.dumps(figures))
+    base = read_base(directory)
+    attention = base.attention(2)
+    biases = (("q", attention.q_bias, 4), ("k", attention.k_bias, 2), ("v", attention.v_bias, 2))
+    for name, bias, heads in biases:
+        assert bias is not None and bias.shape == (heads, 16)
+        assert torch.equal(bias.flatten(), base[f"model.layers.2.self_attn.{name}_proj.bias"])
+    assert attention.q_norm is None and attention.k_norm is None
+    plain = read_base(write_base("llama")).attention(0)
+    assert plain.q_bias is None and plain.k_bias is None and plain.v_bias is None
+
+
 def test_a_legacy_frequency_buffer_and_a_copy_of_a_tied_head_are_let_be(write_base: WriteBase) -> None:
     def add(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
@@ -92,8 +109,17 @@ def test_damaged_configurations_are_named(write_base: WriteBase, text: str, name
     "changes, named",
     [
         ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
-        ({"model_type": "qwen2", "architectures": None}, "qwen2"),
+        ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "Llama, Qwen2.5 and Qwen3"),
+        ({"model_type": "gemma3_text", "architectures": None}, "model_type gemma3_text, which is not supported"),
+        ({"model_type": None, "architectures": None}, "model_type None"),
+        ({"model_type": "qwen2_moe", "architectures": None}, "mixture of experts"),
         ({"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}, "mixture of experts"),
+        (
+            {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]},
+            "MixtralForCausalLM, a mixture of experts",
+        ),
+        ({"model_type": "deepseek_v3", "architectures": None, "n_routed_experts": 256}, "mixture of experts"),
+        ({"architectures": 7}, "7, not LlamaForCausalLM"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"num_local_experts": 8}, "mixture of experts"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised (fp8)"),
@@ -102,6 +128,9 @@ def test_damaged_configurations_are_named(write_base: WriteBase, text: str, name
         ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "sliding-window"),
         ({"attention_bias": True}, "attention_bias"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope_type yarn"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "low_freq_factor"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "fast"}}, "rope_theta 'fast'"),
+        ({"hidden_act": "unheard"}, "hidden_act unheard"),
         ({"hidden_size": "48"}, "hidden_size"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
         ({"num_hidden_layers": 0}, "num_hidden_layers 0"),
@@ -112,17 +141,60 @@ def test_unsupported_bases_are_named(write_base: WriteBase, changes: dict[str, A
     refused(edit_config(write_base(), **changes), named)
 
 
-def test_qwen3_lists_no_window_by_default(write_base: WriteBase) -> None:
-    directory = edit_config(write_base("qwen3"), use_sliding_window=False, sliding_window=4096)
-    assert read_base_config(directory).model_type == "qwen3"
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_window_that_is_off_is_let_be(write_base: WriteBase, family: str) -> None:
+    directory = edit_config(write_base(family), use_sliding_window=False, sliding_window=4096)
+    assert read_base_config(directory).model_type == family
+    refused(edit_config(directory, use_sliding_window=True), "sliding-window", "Llama, Qwen2.5 and Qwen3")
 
 
 def test_truncated_weights_are_named(write_base: WriteBase) -> None:
     directory = write_base()
     whole = (directory / WEIGHTS).read_bytes()
-    for part in (whole[:-100], whole[:40], b""):
-        (directory / WEIGHTS).write_bytes(part)
+    header = 8 + struct.unpack("<Q", whole[:8])[0]
+    for end in (0, 1, 7, 8, 9, 40, header - 1, header, header + 1, len(whole) // 2, len(whole) - 100, len(whole) - 1):
+        (directory / WEIGHTS).write_bytes(whole[:end])
         refused(directory, WEIGHTS, "copy or download it again")
+
+
+@pytest.mark.parametrize("length", [0, 1, 100_000_001, 1 << 32, (1 << 63) - 1, (1 << 64) - 1])
+def test_impossible_header_lengths_are_named(write_base: WriteBase, length: int) -> None:
+    directory = write_base()
+    whole = (directory / WEIGHTS).read_bytes()
+    (directory / WEIGHTS).write_bytes(struct.pack("<Q", length) + whole[8:])
+    refused(directory, WEIGHTS, "copy or download it again")
+
+
+def test_a_damaged_byte_is_named_or_changes_no_tensor_but_its_values(write_base: WriteBase) -> None:
+    directory = write_base("qwen2", num_hidden_layers=1)
+    whole, shapes = (directory / WEIGHTS).read_bytes(), read_base(directory).weights.shapes
+    harmless = 0
+    for i in range(400):
+        for flip in (0x01, 0x80):
+            (directory / WEIGHTS).write_bytes(whole[:i] + bytes([whole[i] ^ flip]) + whole[i + 1 :])
+            try:
+                base = read_base(directory)
+                assert base.weights.shapes == shapes
+                assert all(base[name].shape == shape for name, shape in shapes.items())
+                harmless += 1
+            except HyloError as error:
+                assert str(directory) in str(error) and "\n" not in str(error)
+    assert harmless < 40  # the file's own metadata
+
+
+def test_pickles_beside_safetensors_are_not_read(write_base: WriteBase) -> None:
+    directory = write_base()
+    (directory / "pytorch_model.bin").write_bytes(b"no pickle")
+    assert weight_files(directory) == [directory / WEIGHTS]
+    read_base(directory)
+
+
+def test_a_tensor_in_two_shards_is_refused(write_base: WriteBase) -> None:
+    directory = write_base(shard="20KB")
+    shard = sorted(directory.glob("*.safetensors"))[0]
+    tensors = load_file(shard)
+    save_file(tensors | {"model.norm.weight": torch.zeros(48)}, shard)
+    refused(directory, "model.norm.weight", "two files")
 
 
 def test_indices_are_held_to_the_directory(write_base: WriteBase) -> None:
@@ -131,11 +203,18 @@ def test_indices_are_held_to_the_directory(write_base: WriteBase) -> None:
     shards = sorted(set(index["weight_map"].values()))
     (directory / shards[1]).rename(directory / "aside")
     refused(directory, INDEX, shards[1], "missing")
-    index["weight_map"]["model.norm.weight"] = "../elsewhere.safetensors"
+    (directory / "aside").rename(directory / shards[1])
+    outside = ("../elsewhere.safetensors", "/elsewhere.safetensors", "a/b.safetensors", "..\\c.safetensors", ".")
+    for elsewhere in outside:
+        index["weight_map"]["model.norm.weight"] = elsewhere
+        (directory / INDEX).write_text(json.dumps(index))
+        refused(directory, elsewhere, "outside")
+    index["weight_map"]["model.norm.weight"] = "pytorch_model.bin"
     (directory / INDEX).write_text(json.dumps(index))
-    refused(directory, "../elsewhere.safetensors", "outside")
-    (directory / INDEX).write_text("{}")
-    refused(directory, INDEX, "weight_map")
+    refused(directory, "pytorch_model.bin", "only safetensors")
+    for damaged in ("{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', '{"weight_map": ["a"]}'):
+        (directory / INDEX).write_text(damaged)
+        refused(directory, INDEX, "weight_map")
 
 
 def test_tensors_are_held_to_the_configuration(write_base: WriteBase) -> None:

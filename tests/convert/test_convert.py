@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hylo.convert import check_init, convert
+from hylo.convert import Initialisation, convert, measure_ranks, planned_config, read_base, with_energy
+from hylo.convert.mla import split_rows
 from hylo.errors import HyloError
 from hylo.modeling import HyloForCausalLM
 from hylo.modeling.loading import load_model
@@ -21,13 +22,14 @@ LAYOUTS = ["3A", "3MLA", "1MLA2GDN", "1A2M2", "3GDN"]
 
 def converted(base: Path, layout: str = "1MLA2GDN", name: str = "out", **options: Any) -> Path:
     out = base.parent / name
-    convert(base, out, make_plan(base, layout), **options)
+    how = Initialisation(options.pop("init", "pairs-fast"), linear_steps=2)
+    convert(base, out, make_plan(base, layout), how, **options)
     return out
 
 
-@pytest.mark.parametrize("init", ["recipe", "pairs-stride", "pairs-fast", "random"])
+@pytest.mark.parametrize("init", ["recipe", "pairs-stride", "pairs-fast", "pairs-best", "random"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_every_key_is_there_and_counts_are_the_plans(
     write_base: WriteBase, family: str, layout: str, init: str
 ) -> None:
@@ -161,13 +163,60 @@ def test_plans_of_other_bases_are_refused(write_base: WriteBase) -> None:
 
 
 def test_initialisations_that_do_not_exist_or_fit_are_named(write_base: WriteBase) -> None:
-    base = write_base()
-    plan = make_plan(base, "1MLA2GDN", geometry={"qk_rope_head_dim": 6})
-    check_init(plan, "pairs-fast")
-    for init, linear_init, named in (
-        ("pairs-stride", "aligned", "qk_rope_head_dim 6 does not divide head_dim 16"),
-        ("pairs", "aligned", "init pairs is not known"),
-        ("recipe", "copied", "linear init copied is not known"),
+    llama, qwen3 = write_base(), write_base("qwen3")
+    plan = make_plan(llama, "1MLA2GDN", geometry={"qk_rope_head_dim": 6})
+    folded = make_plan(qwen3, "1MLA2GDN", k_norm="folded")
+    Initialisation("pairs-fast").check(plan)
+    Initialisation(calibration_BT=torch.zeros(1, 8, dtype=torch.long)).check(folded)
+    for how, given, named in (
+        (Initialisation("pairs-stride"), plan, "qk_rope_head_dim 6 does not divide head_dim 16"),
+        (Initialisation("pairs"), plan, "init pairs is not known"),
+        (Initialisation("recipe", "copied"), plan, "linear init copied is not known"),
+        (Initialisation(rope_key="sum"), plan, "rope key sum is not known"),
+        (Initialisation(linear_fraction=0.0), plan, "linear fraction 0.0"),
+        (Initialisation(linear_init="calibrated"), plan, "needs activations; give calibration text"),
+        (Initialisation(), make_plan(llama, "1MLA2GDN", k_norm="folded"), "llama has no key norm"),
+        (Initialisation(), folded, "mean of 1/rms"),
+        (Initialisation(rope_key="pca"), make_plan(qwen3, "1MLA2GDN"), "shared query norm"),
     ):
         with pytest.raises(HyloError, match=named):
-            check_init(plan, init, linear_init)
+            how.check(given)
+
+
+def test_energy_decides_every_layers_rank(write_base: WriteBase) -> None:
+    base = write_base()
+    plan = make_plan(base, "2MLA1GDN")
+    how = Initialisation()
+    plans = [with_energy(plan, how, share) for share in (0.5, 0.8, 1.0)]
+    assert plans[0].kv_lora_ranks is not None and plans[2].kv_lora_ranks is not None
+    assert sum(plans[0].kv_lora_ranks) < sum(plans[2].kv_lora_ranks)
+    assert plans[0].kv_bytes_per_token < plans[1].kv_bytes_per_token <= plans[2].kv_bytes_per_token
+    checkpoint, config = read_base(base), planned_config(plans[1], "pairs-fast")
+    for measured in measure_ranks(checkpoint, config, how):
+        assert measured.kv_rank == config.kv_rank(measured.layer)
+        assert measured.kv_energy >= 0.8
+        attention = checkpoint.attention(measured.layer)
+        kept = torch.cat((attention.k[:, split_rows(16, 4, "pairs-fast")[0]], attention.v), 1).flatten(0, 1)
+        energy = torch.linalg.svdvals(kept).square()
+        assert measured.kv_energy == pytest.approx((energy[: measured.kv_rank].sum() / energy.sum()).item(), rel=1e-4)
+        assert energy[: measured.kv_rank - 8].sum() / energy.sum() < 0.8  # eight fewer would not do
+    convert(base, base.parent / "out", plans[1], how)
+    model = load_model(base.parent / "out")
+    assert model.num_parameters() == plans[1].parameters
+    for share, named in ((1.5, "is no share"), (0.0, "is no share")):
+        with pytest.raises(HyloError, match=named):
+            with_energy(plan, how, share)
+    with pytest.raises(HyloError, match="for MLA layers"):
+        with_energy(make_plan(base, "3GDN"), how, 0.9)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_calibrated_conversions_load(write_base: WriteBase, family: str) -> None:
+    base = write_base(family)
+    plan = make_plan(base, "1MLA2M2", k_norm="folded" if family == "qwen3" else "exact")
+    how = Initialisation("pairs-best", calibration_BT=torch.randint(3, 61, (3, 20)), linear_steps=2)
+    convert(base, base.parent / "out", plan, how)
+    model = load_model(base.parent / "out")
+    assert model.num_parameters() == plan.parameters
+    assert [entry is None for entry in model.config.mla_inv_freq] == [True, False, True]
+    assert model(torch.arange(12)[None]).logits.isfinite().all()

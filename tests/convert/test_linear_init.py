@@ -1,33 +1,60 @@
-"""Linear blocks initialised from attention: what is copied where, and what stays as it was."""
+"""Linear blocks initialised from attention: what is copied where, what the sample decides, and what the fit changes."""
+
+import dataclasses
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from hylo.convert import BaseAttention
-from hylo.convert.linear import fill_gated_deltanet, fill_mamba2, share_heads
+from hylo.convert.calibration import LayerSample
+from hylo.convert.linear import fill_gated_deltanet, fill_mamba2, share_heads, share_values
+from hylo.convert.linear_fit import look_back, outputs_of, steady_direction, step_for
 from hylo.modeling import HyloConfig
 from hylo.modeling.gated_deltanet import GatedDeltaNet
 from hylo.modeling.mamba2 import Mamba2
 
 H, K, D_HEAD, D = 4, 2, 8, 24
+NORM = torch.linspace(0.5, 1.5, D)
+FILLS = {GatedDeltaNet: fill_gated_deltanet, Mamba2: fill_mamba2}
+BLOCKS = list(FILLS)
 
 
-def attention(qk_norm: bool = False) -> BaseAttention:
-    norms = (torch.rand(D_HEAD), torch.rand(D_HEAD)) if qk_norm else (None, None)
+def attention(norms: bool = False, biases: bool = False) -> BaseAttention:
     shapes = ((H, D_HEAD, D), (K, D_HEAD, D), (K, D_HEAD, D), (D, H, D_HEAD))
-    return BaseAttention(*(torch.randn(shape) for shape in shapes), *norms)
+    return BaseAttention(
+        *(torch.randn(shape) / 4 for shape in shapes),
+        *((torch.rand(D_HEAD), torch.rand(D_HEAD)) if norms else (None, None)),
+        *((torch.randn(heads, D_HEAD) for heads in (H, K, K)) if biases else (None, None, None)),
+    )
 
 
-def config(**geometry: int) -> HyloConfig:
+def sample_of(base: BaseAttention, sequences: int = 4, tokens: int = 20) -> LayerSample:
+    """The attention, without rotation and norms, over inputs that have a mean, as those of trained models do."""
+    x = torch.randn(sequences, tokens, D) + 1.5 * torch.randn(D)
+    x = NORM * nn.functional.rms_norm(x, (D,))
+    biases = (base.q_bias, base.k_bias, base.v_bias)
+    q, k, v = (
+        torch.einsum("btx,hdx->bthd", x, rows) + (0 if bias is None else bias)
+        for rows, bias in zip((base.q, base.k, base.v), biases, strict=True)
+    )
+    context = nn.functional.scaled_dot_product_attention(
+        *(t.transpose(1, 2) for t in (q, k, v)), is_causal=True, enable_gqa=True
+    ).transpose(1, 2)
+    return LayerSample(x, torch.einsum("bthd,xhd->btx", context, base.o), context, q, k, D_HEAD**-0.5)
+
+
+def config(**fields: int) -> HyloConfig:
     mamba = {
         "mamba_d_state": D_HEAD,
         "mamba_head_dim": D_HEAD,
         "mamba_num_heads": H,
         "mamba_d_inner": H * D_HEAD,
         "mamba_d_xb": K * D_HEAD,
+        "gdn_num_heads": 2,
+        "gdn_head_dim": 8,
     }
-    return HyloConfig(hidden_size=D, num_hidden_layers=1, mixers=["gated_deltanet"], **mamba | geometry)
+    return HyloConfig(hidden_size=D, num_hidden_layers=1, mixers=["gated_deltanet"], **mamba | fields)
 
 
 def state(mixer: nn.Module) -> dict[str, Tensor]:
@@ -38,11 +65,16 @@ def per_head(weight: Tensor, heads: int) -> Tensor:
     return weight.unflatten(0, (heads, -1))
 
 
+def same_direction(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether ours is theirs times a positive number."""
+    return torch.allclose(ours / ours.norm(), theirs / theirs.norm(), atol=1e-6)
+
+
 def test_recipe_copies_top_left_overlaps_into_gated_deltanet() -> None:
     base = attention()
     mixer = GatedDeltaNet(config(gdn_num_heads=1, gdn_head_dim=24), 0)  # keys 24 < 32 rows, values 48 > 32 rows
     before = state(mixer)
-    fill_gated_deltanet(mixer, base, "recipe")
+    fill_gated_deltanet(mixer, base, "recipe", None, NORM)
     after = state(mixer)
     keys, values = (t.repeat_interleave(H // K, 0).flatten(0, 1) for t in (base.k, base.v))
     assert torch.equal(after["q_proj.weight"], base.q.flatten(0, 1)[:24])
@@ -56,33 +88,40 @@ def test_recipe_copies_top_left_overlaps_into_gated_deltanet() -> None:
 
 
 @pytest.mark.parametrize(
-    "gdn_heads, width, expected",
+    "gdn_heads, width, keys_of, values_of",
     [
-        (2, 8, [[1], [3]]),
-        (2, 16, [[0, 1], [2, 3]]),
-        (1, 24, [[0, 2, 3]]),
-        (4, 8, [[0], [1], [2], [3]]),
-        (2, 6, [[1], [3]]),
+        (2, 8, [[1], [3]], [[1, 0], [3, 2]]),
+        (2, 16, [[0, 1], [2, 3]], [[0, 1], [2, 3]]),
+        (1, 24, [[0, 2, 3]], [[0, 2, 3, 1]]),
+        (4, 8, [[0], [1], [2], [3]], [[0], [1], [2], [3]]),
+        (2, 6, [[1], [3]], [[1], [3]]),
     ],
 )
-def test_aligned_copies_whole_heads_into_gated_deltanet(gdn_heads: int, width: int, expected: list[list[int]]) -> None:
+def test_aligned_copies_whole_heads_into_gated_deltanet(
+    gdn_heads: int, width: int, keys_of: list[list[int]], values_of: list[list[int]]
+) -> None:
     base = attention()
     mixer = GatedDeltaNet(config(gdn_num_heads=gdn_heads, gdn_head_dim=width), 0)
     before = state(mixer)
-    fill_gated_deltanet(mixer, base, "aligned")
-    assert share_heads(H, D_HEAD, gdn_heads, width) == expected
+    fill_gated_deltanet(mixer, base, "aligned", None, NORM)
+    assert share_heads(H, D_HEAD, gdn_heads, width) == keys_of
+    assert share_values(keys_of, H, 2 * width // D_HEAD) == values_of
     repeat = H // K
-    for head, sources in enumerate(expected):
-        rows = min(len(sources) * D_HEAD, width)
-        q, k, v = (per_head(getattr(mixer, f"{name}_proj").weight, gdn_heads)[head] for name in "qkv")
+    for head, (key_heads, value_heads) in enumerate(zip(keys_of, values_of, strict=True)):
+        rows = min(len(key_heads) * D_HEAD, width)
+        q, k, v, g = (per_head(getattr(mixer, f"{name}_proj").weight, gdn_heads)[head] for name in "qkvg")
         o = mixer.o_proj.weight.unflatten(1, (gdn_heads, -1))[:, head]
-        assert torch.equal(q[:rows], base.q[sources].flatten(0, 1)[:rows])
-        assert torch.equal(k[:rows], base.k[[s // repeat for s in sources]].flatten(0, 1)[:rows])
-        values = min(len(sources) * D_HEAD, 2 * width)
-        assert torch.equal(v[:values], base.v[[s // repeat for s in sources]].flatten(0, 1)[:values])
-        assert torch.equal(o[:, :values], base.o[:, sources].flatten(1)[:, :values])
+        assert torch.equal(q[:rows], base.q[key_heads].flatten(0, 1)[:rows])
+        assert torch.equal(k[:rows], base.k[[s // repeat for s in key_heads]].flatten(0, 1)[:rows])
+        for i, source in enumerate(value_heads):
+            block = slice(i * D_HEAD, (i + 1) * D_HEAD)
+            n = len(v[block])
+            assert same_direction(v[block], base.v[source // repeat, :n])
+            assert torch.allclose(g[block], 0.02 * base.v[source // repeat, :n])
+            assert torch.equal(o[:, block], base.o[:, source, :n])
+        filled = len(value_heads) * D_HEAD
         fresh = per_head(before["v_proj.weight"], gdn_heads)[head]
-        assert torch.equal(v[values:], fresh[values:])
+        assert torch.equal(v[filled:], fresh[filled:]) and not o[:, filled:].any()
     for name in "qkv":
         weight = getattr(mixer, f"{name}_conv1d").weight
         assert torch.equal(weight[..., -1], torch.ones_like(weight[..., -1])) and not weight[..., :-1].any()
@@ -91,6 +130,7 @@ def test_aligned_copies_whole_heads_into_gated_deltanet(gdn_heads: int, width: i
 def test_more_student_heads_than_base_heads_leaves_some_fresh() -> None:
     shared = share_heads(3, 8, 5, 8)
     assert sorted(sum(shared, [])) == [0, 1, 2] and max(map(len, shared)) == 1
+    assert share_values(shared, 3, 2) == shared
 
 
 @pytest.mark.parametrize("linear_init", ["recipe", "aligned"])
@@ -98,44 +138,67 @@ def test_mamba2_takes_values_keys_queries_and_output(linear_init: str) -> None:
     base = attention()
     mixer = Mamba2(config(), 0)
     before = state(mixer)
-    fill_mamba2(mixer, base, linear_init)
+    fill_mamba2(mixer, base, linear_init, None, NORM)
     after = state(mixer)
     z, x, B, C, dt = after["in_proj.weight"].split(mixer.widths)
-    assert torch.equal(x, base.v.flatten(0, 1))
+    assert all(same_direction(ours, theirs) for ours, theirs in zip(per_head(x, K), base.v, strict=True))
     assert torch.equal(B, base.k.flatten(0, 1))
     assert torch.equal(C, base.q.flatten(0, 1))
     assert torch.equal(after["out_proj.weight"], base.o.flatten(1))
     fresh = before["in_proj.weight"].split(mixer.widths)
-    assert torch.equal(z, fresh[0]) and torch.equal(dt, fresh[4])
-    kept = {"dt_bias", "A_log", "D", "norm.weight"} | (
-        {"conv1d.weight", "conv1d.bias"} if linear_init == "recipe" else set()
-    )
-    assert all(torch.equal(before[name], after[name]) for name in kept)
-    if linear_init == "aligned":
+    assert torch.equal(dt, fresh[4])
+    kept = {"dt_bias", "A_log", "D"}
+    if linear_init == "recipe":
+        assert torch.equal(x, base.v.flatten(0, 1)) and torch.equal(z, fresh[0])
+        kept |= {"conv1d.weight", "conv1d.bias", "norm.weight"}
+    else:
+        assert torch.equal(z, base.v.repeat_interleave(2, 0).flatten(0, 1))
         assert after["conv1d.weight"].sum(-1).eq(1).all() and after["conv1d.weight"][..., -1].eq(1).all()
         assert not after["conv1d.bias"].any()
+    assert all(torch.equal(before[name], after[name]) for name in kept)
 
 
 @pytest.mark.parametrize("linear_init", ["recipe", "aligned"])
 def test_other_widths_take_what_overlaps(linear_init: str) -> None:
     base = attention()
     mixer = Mamba2(config(mamba_head_dim=4, mamba_d_state=12, mamba_num_heads=6, mamba_d_inner=24, mamba_d_xb=8), 0)
-    fill_mamba2(mixer, base, linear_init)
+    fill_mamba2(mixer, base, linear_init, None, NORM)
     x, C = mixer.in_proj.weight.split(mixer.widths)[1], mixer.in_proj.weight.split(mixer.widths)[3]
     if linear_init == "aligned":
-        assert torch.equal(per_head(x, 2), base.v[:, :4])
+        assert all(same_direction(ours, theirs[:4]) for ours, theirs in zip(per_head(x, 2), base.v, strict=True))
         assert torch.equal(per_head(C, 6)[:4, :8], base.q)
     else:
         assert torch.equal(x, base.v.flatten(0, 1)[:8])
         assert torch.equal(C[:32], base.q.flatten(0, 1))
 
 
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        {"gdn_head_dim": 6},
+        {"gdn_num_heads": 5},
+        {"gdn_num_heads": 1, "gdn_head_dim": 20},
+        {"mamba_head_dim": 4, "mamba_d_state": 12, "mamba_num_heads": 6, "mamba_d_inner": 24, "mamba_d_xb": 8},
+        {"mamba_d_state": 4, "mamba_num_heads": 2, "mamba_head_dim": 16},
+    ],
+)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_any_geometry_is_calibrated_to_the_fraction(block: type[nn.Module], geometry: dict[str, int]) -> None:
+    base = attention(biases=True)
+    layer = sample_of(base)
+    mixer = block(config(**geometry, qkv_bias=True), 0)
+    FILLS[block](mixer, base, "calibrated", layer, NORM, 0.25, 1)
+    mixer = block(config(**geometry, qkv_bias=True), 0)
+    FILLS[block](mixer, base, "calibrated", layer, NORM, 0.25, 0)
+    assert outputs_of(mixer, layer).norm() / layer.outputs_BTD.norm() == pytest.approx(0.25, rel=1e-5)
+
+
 @pytest.mark.parametrize("linear_init", ["recipe", "aligned"])
 def test_norm_weights_of_qwen3_go_into_the_rows(linear_init: str) -> None:
-    base = attention(qk_norm=True)
-    gdn, mamba = GatedDeltaNet(config(gdn_num_heads=4, gdn_head_dim=8), 0), Mamba2(config(), 0)
-    fill_gated_deltanet(gdn, base, linear_init)
-    fill_mamba2(mamba, base, linear_init)
+    base = attention(norms=True)
+    gdn, mamba = GatedDeltaNet(config(gdn_num_heads=4), 0), Mamba2(config(), 0)
+    fill_gated_deltanet(gdn, base, linear_init, None, NORM)
+    fill_mamba2(mamba, base, linear_init, None, NORM)
     assert base.q_norm is not None and base.k_norm is not None
     queries = base.q * base.q_norm[:, None]
     keys = base.k * base.k_norm[:, None]
@@ -143,3 +206,130 @@ def test_norm_weights_of_qwen3_go_into_the_rows(linear_init: str) -> None:
     assert torch.equal(gdn.q_proj.weight, queries.flatten(0, 1))
     assert torch.equal(gdn.k_proj.weight, keys.repeat_interleave(2, 0).flatten(0, 1))
     assert torch.equal(C, queries.flatten(0, 1)) and torch.equal(B, keys.flatten(0, 1))
+
+
+@pytest.mark.parametrize("linear_init", ["recipe", "aligned", "calibrated"])
+def test_biases_go_where_their_rows_go(linear_init: str) -> None:
+    base = attention(biases=True)
+    layer = sample_of(base)
+    gdn = GatedDeltaNet(config(gdn_num_heads=4, qkv_bias=True), 0)
+    mamba = Mamba2(config(qkv_bias=True), 0)
+    for projection in (gdn.q_proj, gdn.k_proj, gdn.v_proj, mamba.in_proj):
+        nn.init.zeros_(projection.bias)
+    fill_gated_deltanet(gdn, base, linear_init, layer, NORM)
+    fill_mamba2(mamba, base, linear_init, layer, NORM)
+    x, queries, keys = layer.inputs_BTD, layer.q_BTHd.flatten(2), layer.k_BTKd
+    torch.testing.assert_close(gdn.q_proj(x), queries)
+    torch.testing.assert_close(gdn.k_proj(x), keys.repeat_interleave(2, 2).flatten(2))
+    z, _, B, C, dt = mamba.in_proj(x).split(mamba.widths, dim=-1)
+    torch.testing.assert_close(B, keys.flatten(2))
+    torch.testing.assert_close(C, queries)
+    assert base.v_bias is not None
+    values = torch.einsum("btx,kdx->btkd", x, base.v) + base.v_bias
+    ours = mamba.in_proj(x).split(mamba.widths, dim=-1)[1].unflatten(-1, (K, -1))
+    assert all(same_direction(ours[:, :, head], values[:, :, head]) for head in range(K))
+    ours = gdn.v_proj(x)  # heads of width 16, whose first 8 are filled; the recipe knows no heads
+    for head in range(H):
+        start = head * (D_HEAD if linear_init == "recipe" else 2 * D_HEAD)
+        assert same_direction(ours[..., start : start + D_HEAD], values[:, :, head // 2])
+    biases = mamba.in_proj.bias.split(mamba.widths)
+    assert not biases[0].any() and not biases[4].any()
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_aligned_output_is_about_the_fraction(block: type[nn.Module], fraction: float) -> None:
+    base = attention()
+    layer = sample_of(base)
+    mixer = block(config(), 0)
+    assert FILLS[block](mixer, base, "aligned", None, NORM, fraction) is None
+    ratio = (outputs_of(mixer, layer).norm() / layer.outputs_BTD.norm()).item()
+    assert fraction / 3 < ratio < fraction * 3
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.3, 1.0])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_calibrated_output_is_the_fraction(block: type[nn.Module], fraction: float) -> None:
+    base = attention()
+    layer = sample_of(base)
+    mixer = block(config(), 0)
+    result = FILLS[block](mixer, base, "calibrated", layer, NORM, fraction, 0)
+    output = outputs_of(mixer, layer)
+    assert output.norm() / layer.outputs_BTD.norm() == pytest.approx(fraction, rel=1e-5)
+    error = (output - layer.outputs_BTD).square().mean().item()
+    assert result is not None and result.before == result.after == pytest.approx(error)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_without_a_fraction_the_error_is_least(block: type[nn.Module]) -> None:
+    base = attention()
+    layer = sample_of(base)
+
+    def error(fraction: float | None) -> float:
+        torch.manual_seed(1)
+        return FILLS[block](block(config(), 0), base, "calibrated", layer, NORM, fraction, 0).before
+
+    best = error(None)
+    assert best < layer.outputs_BTD.square().mean() and all(best <= error(f) for f in (0.01, 0.3, 0.5, 0.7, 1.0))
+
+
+def test_look_back_of_heads_that_see_one_token_or_all_alike() -> None:
+    tokens = 12
+    q = torch.zeros(2, tokens, 2, tokens)
+    q[:, :, 1] = 1e3 * torch.eye(tokens).roll(-2, 0)  # head 1 looks two tokens ahead, ...
+    k = torch.eye(tokens).roll(-4, 0)[None, :, None].repeat(2, 1, 1, 1)  # ... at keys that are four tokens ahead
+    layer = dataclasses.replace(sample_of(attention()), q_BTHd=q, k_BTKd=k, scale=1.0)
+    # Head 0 spreads evenly over t + 1 tokens: t/2 on average. Head 1 finds its token two back; the first two tokens,
+    # and those whose key lies in the future, spread evenly.
+    weights = (q[0, :, 1] @ k[0, :, 0].T).masked_fill(torch.ones(tokens, tokens).triu(1).bool(), -torch.inf).softmax(-1)
+    position = torch.arange(tokens)
+    second = (weights * (position[:, None] - position)).sum(-1).mean()
+    torch.testing.assert_close(look_back(layer), torch.stack((torch.tensor((tokens - 1) / 4), second)))
+    diagonal = dataclasses.replace(layer, q_BTHd=1e3 * k.repeat(1, 1, 2, 1))
+    assert look_back(diagonal).tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_half_life_is_the_look_back(block: type[nn.Module]) -> None:
+    base = attention()
+    layer = sample_of(base)
+    mixer = block(config(gdn_num_heads=4), 0)
+    FILLS[block](mixer, base, "calibrated", layer, NORM)
+    decay = torch.exp(-mixer.A_log.exp() * nn.functional.softplus(mixer.dt_bias))
+    torch.testing.assert_close(decay ** look_back(layer), torch.full((H,), 0.5))
+    rows = mixer.a_proj.weight if isinstance(mixer, GatedDeltaNet) else mixer.in_proj.weight[-H:]
+    assert not rows.any()
+    assert step_for(torch.tensor([1e9, 0.01])).tolist() == pytest.approx([1e-3, 5])
+
+
+def test_the_steady_direction_is_a_constant_where_inputs_have_one() -> None:
+    x = torch.randn(4, 50, D)
+    x[..., 3] = 2.0
+    projected = x @ steady_direction(x)
+    assert projected.mean().item() == pytest.approx(1, abs=1e-5) and projected.std() < 0.1
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_fit_lowers_the_error_and_follows_the_seed(block: type[nn.Module]) -> None:
+    base = attention()
+    layer = sample_of(base)
+    fits = []
+    for steps in (30, 30, 0):
+        torch.manual_seed(3)
+        mixer = block(config(), 0)
+        result = FILLS[block](mixer, base, "calibrated", layer, NORM, 0.01, steps)
+        assert all(parameter.grad is None for parameter in mixer.parameters())
+        fits.append((result, state(mixer)))
+    (first, trained), (second, again), (untrained, start) = fits
+    assert first == second and first.before == untrained.after and first.after < 0.98 * first.before
+    assert all(torch.equal(trained[name], again[name]) for name in trained)
+    frozen = "o_proj.weight" if block is GatedDeltaNet else "out_proj.weight"
+    for name in trained:
+        moved = (trained[name] - start[name]).abs().max().item()
+        assert (moved == 0) == (name == frozen), name
+        if name in ("q_proj.weight", "k_proj.weight", "v_proj.weight"):
+            assert moved < 6e-3
+    if block is Mamba2:
+        moved = (trained["in_proj.weight"] - start["in_proj.weight"]).split(mixer.widths)
+        assert max(part.abs().max() for part in moved[1:4]) < 6e-3
+        assert min(moved[0].abs().max(), moved[4].abs().max()) > 6e-3

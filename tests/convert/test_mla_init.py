@@ -1,14 +1,17 @@
 """Latent attention initialised from attention: which rows, which frequencies, and how much the ranks keep."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hylo.convert import BaseAttention
-from hylo.convert.mla import fill_mla, rope_theta, split_rows
-from hylo.convert.svd import low_rank
+from hylo.convert.calibration import LayerSample
+from hylo.convert.mla import best_pairs, fill_mla, fold_key_norm, rope_theta, split_rows
+from hylo.convert.svd import cholesky, energy_kept, low_rank, rank_for_energy, singular_values
 from hylo.errors import HyloError
 from hylo.modeling import HyloConfig
 from hylo.modeling.mla import MultiHeadLatentAttention
@@ -132,13 +135,85 @@ def test_recipe_factors_whole_keys_and_pairs_what_they_keep() -> None:
 
 def test_singular_values_go_down() -> None:
     matrix = torch.randn(20, 12)
-    up, down = low_rank(matrix, 5)
+    up, down, singular = low_rank(matrix, 5)
+    torch.testing.assert_close(singular, torch.linalg.svdvals(matrix))
     torch.testing.assert_close(up.T @ up, torch.eye(5), atol=1e-5, rtol=0)
     torch.testing.assert_close(down.norm(dim=1), torch.linalg.svdvals(matrix)[:5])
-    up, down = low_rank(matrix, 12)
+    up, down, _ = low_rank(matrix, 12)
     torch.testing.assert_close(up @ down, matrix, atol=1e-5, rtol=0)
 
 
 def test_stride_needs_a_divisor() -> None:
     with pytest.raises(HyloError, match="qk_rope_head_dim 6"):
         split_rows(16, 6, "pairs-stride")
+
+
+def test_covariance_puts_the_error_where_inputs_are_small() -> None:
+    """CARE: of that rank the least error of the outputs, the tail of the spectrum of W L; with C = I the recipe."""
+    matrix, x = torch.randn(20, 12, dtype=torch.float64), torch.randn(12, 500, dtype=torch.float64)
+    x = x * torch.logspace(-2, 2, 12, dtype=torch.float64)[:, None]
+    covariance = x @ x.T / 500
+    L = cholesky(covariance)
+    errors = []
+    for given in (covariance, None):
+        up, down, singular = low_rank(matrix, 5, given)
+        errors.append(((matrix - up @ down) @ L).square().sum())
+        if given is not None:
+            torch.testing.assert_close(errors[0], singular[5:].square().sum())
+            torch.testing.assert_close(singular, torch.linalg.svdvals(matrix @ L))
+    assert errors[0] < 0.1 * errors[1]
+    up, down, _ = low_rank(matrix, 12, covariance)
+    torch.testing.assert_close(up @ down, matrix)
+    white = [first @ second for first, second, _ in (low_rank(matrix, 5, torch.eye(12).double()), low_rank(matrix, 5))]
+    torch.testing.assert_close(*white)
+
+
+def test_damping_grows_until_the_covariance_has_a_root() -> None:
+    x = torch.randn(6, 2, dtype=torch.float64)
+    damped = cholesky(x @ x.T)
+    assert (damped @ damped.T - x @ x.T).diagonal().mean() == pytest.approx(0.01 * (x @ x.T).diagonal().mean().item())
+    negative = torch.diag(torch.tensor([1.0, 1.0, -0.05], dtype=torch.float64))
+    L = cholesky(negative)
+    assert ((L @ L.T) - negative).diagonal().mean() == pytest.approx(0.1 * 1.95 / 3)
+
+
+def test_ranks_from_energy() -> None:
+    singular = torch.tensor([3.0, 2.0, 1.0] + [0.1] * 13)
+    assert energy_kept(singular, 2) == pytest.approx(13 / (14 + 0.13))
+    assert rank_for_energy(singular, 0.9) == 8 and rank_for_energy(singular, 1.0) == 16
+    matrix = torch.randn(9, 20)
+    assert rank_for_energy(singular_values(matrix), 1.0) == 9
+
+
+def sample_of(base: BaseAttention, x: Tensor) -> LayerSample:
+    q, k = (torch.einsum("btn,hdn->bthd", x, rows) for rows in (base.q, base.k))
+    return LayerSample(x, x, q, q, k, 0.25)
+
+
+def test_best_pairs_are_those_that_make_the_logits() -> None:
+    base = attention()
+    for rows in (base.q, base.k):
+        rows[:, [2, 10, 5, 13]] *= 4  # pairs 2 and 5 of eight
+    assert best_pairs(base, 4, None).tolist() == [2, 5]
+    assert best_pairs(base, 4, sample_of(base, torch.randn(2, 30, D))).tolist() == [2, 5]
+    # inputs that only the other pairs read
+    x = torch.randn(2, 30, D)
+    loud = base.k[:, [2, 10, 5, 13]].flatten(0, 1)
+    x = x - torch.linalg.lstsq(loud.T, x.flatten(0, 1).T).solution.T.view(2, 30, -1) @ loud
+    assert not {2, 5} & set(best_pairs(base, 4, sample_of(base, x)).tolist())
+    _, rope = split_rows(16, 4, "pairs-best", torch.tensor([2, 5]))
+    assert rope.tolist() == [2, 5, 10, 13]
+
+
+def test_a_folded_key_norm_is_the_norm_where_keys_are_of_one_size() -> None:
+    base = attention(qk_norm=True)
+    x = torch.randn(3, 7, D)
+    base = replace(base, k=base.k[:1], v=base.v[:1])
+    k = torch.einsum("btn,kdn->btkd", x, base.k)
+    x = x / k.square().mean((2, 3)).sqrt()[..., None]  # every key's rms is now 1
+    folded = fold_key_norm(base, sample_of(base, x), 0.0)
+    assert base.k_norm is not None and folded.k_norm is None
+    keys = torch.einsum("btn,kdn->btkd", x, base.k)
+    torch.testing.assert_close(torch.einsum("btn,kdn->btkd", x, folded.k), F.rms_norm(keys, (16,), base.k_norm))
+    doubled = fold_key_norm(base, sample_of(base, 2 * x), 0.0)
+    torch.testing.assert_close(doubled.k, folded.k / 2)

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+import hylo
 from hylo.modeling import HyloConfig, HyloDecoderLayer
 
 LLAMA_1B: dict[str, Any] = {
@@ -105,6 +107,18 @@ def test_saving_a_length_below_the_base_is_quiet(monkeypatch: pytest.MonkeyPatch
     config.save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).rope_parameters == rope
     assert warnings == []
+
+
+def test_what_is_saved_names_the_classes_and_imports_them_from_the_package(tmp_path: Path) -> None:
+    HyloConfig.register_for_auto_class()  # what transformers does with classes that a directory named
+    HyloConfig().save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "modeling_hylo.py"]
+    auto_map = AutoConfig.from_pretrained(tmp_path).auto_map
+    assert sorted(auto_map) == ["AutoConfig", "AutoModel", "AutoModelForCausalLM"]
+    for reference in auto_map.values():
+        module, name = reference.split(".")
+        found = get_class_from_dynamic_module(reference, tmp_path)
+        assert (module, found) == ("modeling_hylo", getattr(hylo, name))
 
 
 def test_extend_context() -> None:

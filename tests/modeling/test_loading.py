@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.utils import logging
 
 from hylo.errors import HyloError
@@ -27,6 +35,8 @@ SIZES = {
 def build(family: str) -> PreTrainedModel:
     if family == "llama":
         return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    if family == "qwen2":
+        return Qwen2ForCausalLM(Qwen2Config(**SIZES)).eval()
     if family == "qwen3":
         return Qwen3ForCausalLM(Qwen3Config(**SIZES)).eval()
     mla = {"qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8, "kv_lora_rank": 8, "q_lora_rank": 16}
@@ -49,7 +59,7 @@ def refused(directory: Path, *named: str) -> None:
         assert part in message
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "hylo"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "hylo"])
 def test_models_load_as_they_were(tmp_path: Path, family: str) -> None:
     model, tokens = build(family), torch.arange(9)[None]
     logging.disable_progress_bar()
@@ -71,6 +81,9 @@ def test_missing_directories_and_files_are_named(saved: Path, tmp_path: Path) ->
 def test_other_models_are_named(saved: Path) -> None:
     (saved / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     refused(saved, "gpt2")
+    (saved / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (saved / "hybrid_config.json").write_text("{}")
+    refused(saved, f"hylo import {saved} OUT")
 
 
 def test_configurations_that_do_not_fit_are_named(saved: Path) -> None:

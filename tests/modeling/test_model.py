@@ -119,6 +119,33 @@ def test_linear_blocks_refuse_a_4d_mask(make_model: Callable[..., HyloForCausalL
         model(torch.randint(1, 61, (1, 4)), attention_mask=torch.ones(1, 1, 4, 4, dtype=torch.bool))
 
 
+def test_a_released_checkpoint_has_to_be_imported(make_model: Callable[..., HyloForCausalLM], tmp_path: Path) -> None:
+    """Its config.json is its base's, whose model would silently run without most of the weights."""
+    make_model(["mla"]).save_pretrained(tmp_path)
+    (tmp_path / "hybrid_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"released checkpoint; run: hylo import {tmp_path} OUT"):
+        HyloForCausalLM.from_pretrained(tmp_path)
+
+
+@torch.no_grad()
+def test_one_graph_without_padding(make_model: Callable[..., HyloForCausalLM]) -> None:
+    model, ids = make_model(ALL_FOUR), torch.randint(1, 61, (2, 70))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "arguments", [{}, {"attention_mask": torch.ones(2, 70).tril(60)}, {"seq_idx": torch.ones(2, 70).tril(20)}]
+)
+def test_bfloat16(make_model: Callable[..., HyloForCausalLM], arguments: dict[str, torch.Tensor]) -> None:
+    model, ids = make_model(ALL_FOUR, initializer_range=0.05), torch.randint(1, 61, (2, 70))
+    expected = model(ids, **arguments).logits
+    logits = model.bfloat16()(ids, **arguments).logits
+    real = arguments.get("attention_mask", torch.ones(2, 70)).bool()
+    torch.testing.assert_close(logits[real].float(), expected[real], atol=0.05, rtol=0)
+
+
 def test_either_ids_or_embeddings(make_model: Callable[..., HyloForCausalLM]) -> None:
     with pytest.raises(ValueError, match="either"):
         make_model(["mla"])()

@@ -31,6 +31,6 @@ def test_state_carries_on() -> None:
     x, weight = torch.randn(2, 9, 6), torch.randn(6, 1, 4)
     whole, last = short_conv(x, weight)
     first, state = short_conv(x[:, :2], weight)
-    second, state = short_conv(x[:, 2:], weight, state_BCS=state)
+    second, state = short_conv(x[:, 2:], weight, state_NCS=state)
     torch.testing.assert_close(torch.cat((first, second), dim=1), whole)
     torch.testing.assert_close(state, last)

@@ -65,5 +65,8 @@ def test_all_attention_equals_the_base(index: int) -> None:
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     ours, theirs = (run(ids, attention_mask=mask, position_ids=positions).logits for run in (model, base))
     torch.testing.assert_close(ours[mask == 1], theirs[mask == 1], atol=1e-5, rtol=0)
+    packed = model(ids, cu_seq_lens_q=torch.tensor([0, 1, 60, 100, 200])).logits.flatten(0, 1)
+    apart = [base(part[None]).logits[0] for part in ids.flatten().split([1, 59, 40, 100])]
+    torch.testing.assert_close(packed, torch.cat(apart), atol=1e-5, rtol=0)
     generated = [run.generate(ids[:, :8], max_new_tokens=8, do_sample=False) for run in (model, base)]
     assert torch.equal(*generated)

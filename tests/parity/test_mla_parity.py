@@ -83,7 +83,7 @@ def test_key_norm_is_that_of_the_assembled_head() -> None:
 
     q = mixer.q_b_proj(mixer.q_a_proj(x)).view(2, 9, 4, 16)
     latent, key_rope = mixer.kv_a_proj_with_mqa(x).split([20, 8], dim=-1)
-    up = mixer.kv_b_proj(latent).view(2, 9, 2, 20)
+    up = (latent @ mixer.kv_b_proj.weight.T).view(2, 9, 2, 20)
     outputs = []
     for head in range(4):
         k = turned(torch.cat((up[:, :, head // 2, :8], key_rope), dim=-1), mixer.k_norm)

@@ -1,15 +1,30 @@
 """Attention into mixers: reads a base checkpoint layer by layer and writes a hybrid initialised from it."""
 
 from hylo.convert.base import BaseAttention, BaseCheckpoint, read_base
-from hylo.convert.convert import INITS, LINEAR_INITS, check_init, convert, hylo_config
+from hylo.convert.config import hylo_config, planned_config
+from hylo.convert.convert import convert
+from hylo.convert.initialisation import (
+    INITS,
+    LINEAR_INITS,
+    ROPE_KEYS,
+    Initialisation,
+    measure_ranks,
+    print_ranks,
+    with_energy,
+)
 
 __all__ = [
     "INITS",
     "LINEAR_INITS",
+    "ROPE_KEYS",
     "BaseAttention",
     "BaseCheckpoint",
-    "check_init",
+    "Initialisation",
     "convert",
     "hylo_config",
+    "measure_ranks",
+    "planned_config",
+    "print_ranks",
     "read_base",
+    "with_energy",
 ]

@@ -13,7 +13,8 @@ from hylo.errors import HyloError
 
 @dataclass(frozen=True)
 class BaseAttention:
-    """One layer's attention in float32, by heads: q (H,d,D), k, v (K,d,D), o (D,H,d); Qwen3's norms (d,) or None."""
+    """One layer's attention in float32, by heads: q (H,d,D), k, v (K,d,D), o (D,H,d); or None: Qwen3's norms (d,) and
+    Qwen2.5's biases (H,d), (K,d), (K,d)."""
 
     q: Tensor
     k: Tensor
@@ -21,6 +22,9 @@ class BaseAttention:
     o: Tensor
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
 
 
 class BaseCheckpoint:
@@ -41,16 +45,22 @@ class BaseCheckpoint:
 
     def attention(self, index: int) -> BaseAttention:
         prefix = f"model.layers.{index}.self_attn."
-        head_dim = self.config.head_dim
+        head_dim, model_type = self.config.head_dim, self.config.model_type
 
         def rows(name: str) -> Tensor:
             return self[f"{prefix}{name}_proj.weight"].float().unflatten(0, (-1, head_dim))
 
         def norm(name: str) -> Tensor | None:
-            return self[f"{prefix}{name}.weight"].float() if self.config.model_type == "qwen3" else None
+            return self[f"{prefix}{name}.weight"].float() if model_type == "qwen3" else None
+
+        def bias(name: str) -> Tensor | None:
+            if model_type != "qwen2":
+                return None
+            return self[f"{prefix}{name}_proj.bias"].float().unflatten(0, (-1, head_dim))
 
         o = self[f"{prefix}o_proj.weight"].float().unflatten(1, (-1, head_dim))
-        return BaseAttention(rows("q"), rows("k"), rows("v"), o, norm("q_norm"), norm("k_norm"))
+        norms, biases = (norm("q_norm"), norm("k_norm")), (bias("q"), bias("k"), bias("v"))
+        return BaseAttention(rows("q"), rows("k"), rows("v"), o, *norms, *biases)
 
     def _check_tensors(self) -> None:
         expected, found = _shapes(self.config), self.weights.shapes
@@ -80,7 +90,7 @@ class BaseCheckpoint:
 
 
 def read_base(directory: Path) -> BaseCheckpoint:
-    """Opens a Llama-3.x or Qwen3 directory in Hugging Face format. Raises HyloError for anything else or less."""
+    """Opens a Llama, Qwen2.5 or Qwen3 directory in Hugging Face format. Raises HyloError for anything else or less."""
     return BaseCheckpoint(directory)
 
 
@@ -112,6 +122,9 @@ def _layer_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     }
     if config.model_type == "qwen3":
         shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (config.head_dim,)
+    if config.model_type == "qwen2":
+        for name, width in (("q", queries), ("k", keys), ("v", keys)):
+            shapes[f"self_attn.{name}_proj.bias"] = (width,)
     if getattr(config, "mlp_bias", False):
         for name, width in (("gate", intermediate), ("up", intermediate), ("down", hidden)):
             shapes[f"mlp.{name}_proj.bias"] = (width,)

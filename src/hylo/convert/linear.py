@@ -2,60 +2,176 @@
 
 - `recipe`: as published (HyLo, arXiv 2604.24715; Mamba-in-Llama, arXiv 2408.15237): overlapping top-left submatrices,
   kv heads repeated for Gated DeltaNet; convolutions and everything else keep their random values.
-- `aligned`: whole heads. A student head takes queries, keys, values and output columns of the same base heads, none of
-  them split across student heads, and convolutions start as the identity.
+- `aligned`: whole heads. A student head takes queries and keys of the same base heads, none of them split across
+  student heads; convolutions start as the identity; the output is nearly closed, by the weights alone.
+- `calibrated`: the same, with decay, gate and scales from a sample of the attention's activations (linear_fit.py), and
+  then fitted to it.
 
 Linear blocks have no place for Qwen3's per-head norms, so the norms' weights are multiplied into the rows they scale.
 """
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from hylo.convert.base import BaseAttention
+from hylo.convert.linear_fit import (
+    FitResult,
+    fit,
+    inputs_of,
+    inverse_softplus,
+    look_back,
+    set_output_norm,
+    steady_direction,
+    step_for,
+    value_scale,
+)
 from hylo.modeling.gated_deltanet import GatedDeltaNet
 from hylo.modeling.mamba2 import Mamba2
 
+if TYPE_CHECKING:
+    from hylo.convert.calibration import LayerSample
+
+# silu follows both blocks' values. At this rms it is nearly linear, and their output norm takes any scale away again.
+VALUE_RMS = 0.2
+CLOSED = 0.01  # Taylor-Calibrate's share of the attention's output
+GATE = 2.0  # a gate's projection where it is to stay open and even: silu(2) = 1.76
+# Attention sums its values. The delta rule overwrites instead, the more so the larger beta is (and 0 never writes).
+BETA = 0.2
+
 
 @torch.no_grad()
-def fill_gated_deltanet(mixer: GatedDeltaNet, base: BaseAttention, linear_init: str) -> None:
-    """Overwrites what `linear_init` copies; the rest of the freshly initialised `mixer` stays."""
+def fill_gated_deltanet(
+    mixer: GatedDeltaNet,
+    base: BaseAttention,
+    linear_init: str,
+    layer: "LayerSample | None",
+    norm_D: Tensor,
+    fraction: float | None = CLOSED,
+    steps: int = 0,
+) -> FitResult | None:
+    """Overwrites what `linear_init` copies; the rest of the freshly initialised `mixer` stays.
+
+    norm_D: weight of the norm that precedes the attention. `calibrated` needs `layer`, fits for `steps` steps and says
+    how far it came; untrained, its output over the sample has `fraction` of the norm of the attention's (None: the one
+    with the least squared error). `aligned` estimates that from the weights; None is CLOSED there.
+    """
     heads = len(base.q)
-    q, k = _with_norms(base)
-    k, v = (t.repeat_interleave(heads // len(t), dim=0) for t in (k, base.v))
-    o = base.o.movedim(0, -1)  # (H, d, D), as the others
+    q, k, v = (_with_bias(*rows).repeat_interleave(heads // len(rows[0]), dim=0) for rows in _rows(base))
+    projections = (mixer.q_proj, mixer.k_proj, mixer.v_proj)
     if linear_init == "recipe":
-        for projection, source in ((mixer.q_proj, q), (mixer.k_proj, k), (mixer.v_proj, v)):
-            _copy_overlap(projection.weight, source.flatten(0, 1))
+        for projection, source in zip(projections, (q, k, v), strict=True):
+            _copy_rows(projection, source.flatten(0, 1))
         _copy_overlap(mixer.o_proj.weight, base.o.flatten(1))
-        return
-    targets = (mixer.q_proj.weight, mixer.k_proj.weight, mixer.v_proj.weight, mixer.o_proj.weight.T)
-    for target, source in zip(targets, (q, k, v, o), strict=True):
-        by_head = target.unflatten(0, (mixer.num_heads, -1))
-        for student_head, base_heads in enumerate(
-            share_heads(heads, q.shape[1], mixer.num_heads, by_head_width(mixer))
-        ):
-            _copy_overlap(by_head[student_head], source[base_heads].flatten(0, 1))
+        return None
+
     for convolution in (mixer.q_conv1d, mixer.k_conv1d, mixer.v_conv1d):
         _identity(convolution)
+    width, key_width = mixer.value_dim // mixer.num_heads, mixer.key_dim // mixer.num_heads
+    head_dim = q.shape[1]
+    keys_of = share_heads(heads, head_dim, mixer.num_heads, key_width)
+    values_of = share_values(keys_of, heads, width // head_dim)
+    scale_H = VALUE_RMS / _value_rms(v, norm_D)
+    alpha = 2 * (CLOSED if fraction is None else fraction)
+    # Value channels that no base head fills stay random and are not read: training can take them up, nothing is heard.
+    mixer.o_proj.weight.zero_()
+    out = mixer.o_proj.weight.unflatten(1, (mixer.num_heads, -1))
+    gate = mixer.g_proj.weight.unflatten(0, (mixer.num_heads, -1))
+    for head, (key_heads, value_heads) in enumerate(zip(keys_of, values_of, strict=True)):
+        for projection, source in ((mixer.q_proj, q), (mixer.k_proj, k)):
+            _copy_rows(projection, source[key_heads].flatten(0, 1)[:key_width], head * key_width)
+        scaled = v[value_heads] * scale_H[value_heads, None, None]
+        _copy_rows(mixer.v_proj, scaled.flatten(0, 1)[:width], head * width)
+        _copy_overlap(out[:, head], base.o[:, value_heads].flatten(1))
+        # The normalised output, of rms 1, times silu(g), about g/2: `fraction` of the value's rms.
+        _copy_overlap(gate[head], alpha * v[value_heads, :, :-1].flatten(0, 1))
+    if linear_init == "aligned":
+        return None
+
+    assert layer is not None
+    u = steady_direction(layer.inputs_BTD)
+    mean_H = look_back(layer)
+    mean = torch.stack([mean_H[taken].mean() if taken else mean_H.mean() for taken in keys_of])
+    mixer.A_log.zero_()
+    mixer.dt_bias.copy_(inverse_softplus(step_for(mean)))
+    mixer.a_proj.weight.zero_()  # the bias alone decides; the rows still get gradients
+    mixer.b_proj.weight.copy_(torch.tensor(BETA).logit() * u.expand_as(mixer.b_proj.weight))
+    mixer.g_proj.weight.copy_(GATE * u.expand_as(mixer.g_proj.weight))
+    gated = inputs_of(mixer.o_proj, mixer, layer).unflatten(-1, (mixer.num_heads, -1))
+    for head, value_heads in enumerate(values_of):
+        for i, value_head in enumerate(value_heads):
+            block = slice(i * head_dim, min((i + 1) * head_dim, width))
+            context = layer.context_BTHd[:, :, value_head, : block.stop - block.start]
+            # Into the output's columns: o_norm's one weight is shared by all heads.
+            out[:, head, block] *= value_scale(context, gated[:, :, head, block])
+    set_output_norm(mixer, mixer.o_norm.weight, layer, fraction)
+    return fit(mixer, layer, steps)
 
 
 @torch.no_grad()
-def fill_mamba2(mixer: Mamba2, base: BaseAttention, linear_init: str) -> None:
-    """x <- v, B <- k, C <- q, out_proj <- o; the rest of the freshly initialised `mixer` stays."""
-    q, k = _with_norms(base)
-    _, x, B, C, _ = mixer.in_proj.weight.split(mixer.widths)
-    _, head_dim, hidden = q.shape
-    for target, width, source in ((x, mixer.head_dim, base.v), (B, mixer.d_state, k), (C, mixer.d_state, q)):
-        if linear_init == "recipe":
-            _copy_overlap(target, source.flatten(0, 1))
-        else:
-            _copy_overlap(target.view(-1, width, hidden), source)
-    out, o = mixer.out_proj.weight, base.o
+def fill_mamba2(
+    mixer: Mamba2,
+    base: BaseAttention,
+    linear_init: str,
+    layer: "LayerSample | None",
+    norm_D: Tensor,
+    fraction: float | None = CLOSED,
+    steps: int = 0,
+) -> FitResult | None:
+    """x <- v, B <- k, C <- q, out_proj <- o; arguments and result as of fill_gated_deltanet.
+
+    The norm behind the gate takes away every scale of z, so the output is closed by the norm's weight. It takes away dt
+    and the values' scale too: a division of the value rows by dt would only drive silu out of its linear range.
+    """
+    q, k, v = (_with_bias(*rows) for rows in _rows(base))
+    heads, head_dim = q.shape[:2]
+    z_rows, x_rows, B_rows, *_ = mixer.widths
+    blocks = ((v, mixer.head_dim), (k, mixer.d_state), (q, mixer.d_state))
+    starts = (z_rows, z_rows + x_rows, z_rows + x_rows + B_rows)
+    rms_K = _value_rms(v, norm_D)
     if linear_init == "recipe":
-        _copy_overlap(out, o.flatten(1))
-    else:
-        _copy_overlap(out.view(hidden, -1, mixer.head_dim), o)
-        _identity(mixer.conv1d)
+        for (source, _), start, rows in zip(blocks, starts, mixer.widths[1:4], strict=True):
+            _copy_rows(mixer.in_proj, source.flatten(0, 1)[:rows], start)
+        _copy_overlap(mixer.out_proj.weight, base.o.flatten(1))
+        return None
+
+    _identity(mixer.conv1d)
+    for (source, width), start, rows in zip(blocks, starts, mixer.widths[1:4], strict=True):
+        scale = VALUE_RMS / rms_K[:, None, None] if source is v else 1.0
+        for i, head in enumerate((source * scale)[: rows // width, :width]):
+            _copy_rows(mixer.in_proj, head, start + i * width)
+    _copy_overlap(mixer.out_proj.weight.unflatten(1, (-1, mixer.head_dim)), base.o)
+    z = mixer.in_proj.weight[:z_rows].unflatten(0, (mixer.num_heads, -1))
+    norm_weight = mixer.norm.weight.unflatten(0, (mixer.num_heads, -1))
+    group_of = torch.arange(heads) // (heads // len(v))  # the kv head of every base head
+    # The gate follows the value, as in Gated DeltaNet: a random one only adds noise.
+    _copy_overlap(z, v[group_of, :, :-1])
+    rms = rms_K.new_full((mixer.num_heads,), rms_K.mean().item())
+    _copy_overlap(rms, rms_K[group_of])
+    if linear_init == "aligned":
+        norm_weight *= (CLOSED if fraction is None else fraction) * rms[:, None]
+        return None
+
+    assert layer is not None
+    z.copy_((GATE * steady_direction(layer.inputs_BTD)).expand_as(z))
+    if mixer.in_proj.bias is not None:
+        mixer.in_proj.bias[:z_rows] = 0
+    mixer.in_proj.weight[-mixer.num_heads :] = 0  # dt: the bias alone decides
+    mean_H = look_back(layer)
+    mean = mean_H.new_full((mixer.num_heads,), mean_H.mean().item())
+    _copy_overlap(mean, mean_H)
+    mixer.A_log.zero_()
+    mixer.dt_bias.copy_(inverse_softplus(step_for(mean)))
+    mixer.D.zero_()  # attention has no such shortcut
+    gated = inputs_of(mixer.out_proj, mixer, layer).unflatten(-1, (mixer.num_heads, -1))
+    width = min(head_dim, mixer.head_dim)
+    for head in range(min(heads, mixer.num_heads)):
+        context = layer.context_BTHd[:, :, head, :width]
+        norm_weight[head] *= value_scale(context, gated[:, :, head, :width])
+    set_output_norm(mixer, mixer.norm.weight, layer, fraction)
+    z_xBC_dt = [z_rows, sum(mixer.widths[1:4]), mixer.num_heads]
+    return fit(mixer, layer, steps, {"in_proj.weight": z_xBC_dt, "in_proj.bias": z_xBC_dt})
 
 
 def share_heads(heads: int, head_dim: int, student_heads: int, student_width: int) -> list[list[int]]:
@@ -69,15 +185,44 @@ def share_heads(heads: int, head_dim: int, student_heads: int, student_width: in
     return [chosen[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
 
 
-def by_head_width(mixer: GatedDeltaNet) -> int:
-    return mixer.key_dim // mixer.num_heads
+def share_values(keys_of: list[list[int]], heads: int, room: int) -> list[list[int]]:
+    """The base heads whose values and output columns each student head takes: those of its keys, then what is left.
+
+    Values are wider than keys. Each base head whose keys found no room goes to the nearest head's student head (of the
+    same kv group if it can), while that has `room` for it, so that its values are read by its neighbour's attention.
+    """
+    values_of = [list(taken) for taken in keys_of]
+    for head in sorted(set(range(heads)) - {head for taken in keys_of for head in taken}):
+        free = [i for i, taken in enumerate(keys_of) if taken and len(values_of[i]) < room]
+        if free:
+            values_of[min(free, key=lambda i: min(abs(head - other) for other in keys_of[i]))].append(head)
+    return values_of
 
 
-def _with_norms(base: BaseAttention) -> tuple[Tensor, Tensor]:
-    """Query and key rows, times the norm weights that Qwen3 applies to every head."""
-    if base.q_norm is None or base.k_norm is None:
-        return base.q, base.k
-    return base.q * base.q_norm[:, None], base.k * base.k_norm[:, None]
+def _rows(base: BaseAttention) -> list[tuple[Tensor, Tensor | None]]:
+    """Rows and biases of queries, keys and values; Qwen3's norms are multiplied in."""
+    q = base.q if base.q_norm is None else base.q * base.q_norm[:, None]
+    k = base.k if base.k_norm is None else base.k * base.k_norm[:, None]
+    return [(q, base.q_bias), (k, base.k_bias), (base.v, base.v_bias)]
+
+
+def _with_bias(rows_HdD: Tensor, bias_Hd: Tensor | None) -> Tensor:
+    """(H,d,D+1): the bias as a last column, so that it goes wherever its row goes."""
+    bias_Hd = rows_HdD.new_zeros(rows_HdD.shape[:2]) if bias_Hd is None else bias_Hd
+    return torch.cat((rows_HdD, bias_Hd[..., None]), dim=-1)
+
+
+def _copy_rows(projection: nn.Linear, rows_ND: Tensor, start: int = 0) -> None:
+    """Copies rows with their biases (the last column) to where `start` says, as many as there is room for."""
+    _copy_overlap(projection.weight[start:], rows_ND[:, :-1])
+    if projection.bias is not None:
+        _copy_overlap(projection.bias[start:], rows_ND[:, -1])
+
+
+def _value_rms(v_KdD: Tensor, norm_D: Tensor) -> Tensor:
+    """(K,): rms of every head's values, rows with bias, for inputs x = norm * (rms 1, as if uncorrelated)."""
+    second_moment = torch.cat((norm_D.square(), norm_D.new_ones(1)))
+    return (v_KdD.square() @ second_moment).mean(-1).sqrt()
 
 
 def _copy_overlap(target: Tensor, source: Tensor) -> None:

@@ -23,13 +23,14 @@ class ShardWriter:
         self._pending_bytes = self._total_bytes = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
+        size = tensor.numel() * self.dtype.itemsize
+        if self._pending and self._pending_bytes + size > self.shard_bytes:
+            self._flush()
         # cloned when nothing was cast, or a small view would keep (or write) all of what it views
         tensor = tensor.detach().to(self.dtype, copy=True).contiguous()
-        if self._pending and self._pending_bytes + tensor.nbytes > self.shard_bytes:
-            self._flush()
         self._pending[name] = tensor
-        self._pending_bytes += tensor.nbytes
-        self._total_bytes += tensor.nbytes
+        self._pending_bytes += size
+        self._total_bytes += size
 
     def finish(self) -> None:
         self._flush()

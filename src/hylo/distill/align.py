@@ -127,7 +127,7 @@ class ClipEachLayer(TrainerCallback):
 
 
 class TeacherLayers:
-    """Runs a teacher (Llama, Qwen3, hylo) and keeps what went into and came out of every layer and its mixer."""
+    """Runs a teacher (Llama, Qwen, hylo) and keeps what went into and came out of every layer and its mixer."""
 
     def __init__(self, teacher: PreTrainedModel) -> None:
         self.model = teacher.model

@@ -1,10 +1,11 @@
-"""The base's own attention (Llama, Qwen3), for layers that keep it, and the norm that all mixers share."""
+"""The base's own attention (Llama, Qwen2.5, Qwen3), for layers that keep it, and the norm that all mixers share."""
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from hylo.modeling.configuration import HyloConfig
+from hylo.modeling.documents import Documents, pack, split_documents, unpack
 from hylo.modeling.rope import rotate
 from hylo.ops.latent_attention import attend
 
@@ -19,6 +20,20 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight * (x * inverse_rms(x, self.eps)).to(x.dtype)
+
+
+class GivesWeights(nn.Module):
+    """Calling it gives weight and bias, to a mixer that computes with them itself: accelerate, which keeps weights on
+    disk or in main memory, brings a module's weights for its call alone."""
+
+    weight: Tensor
+
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        return self.weight, getattr(self, "bias", None)
+
+
+class ShortConv(GivesWeights, nn.Conv1d):  # type: ignore[misc]  # forward is another
+    """The convolution in front of a linear block, which hylo.ops.short_conv computes."""
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -44,16 +59,20 @@ class Attention(nn.Module):
     def forward(
         self,
         hidden_states_BTD: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Tensor | Documents | None,
         rotary: dict[str, tuple[Tensor, Tensor]],
         past_key_values: Cache | None = None,
     ) -> Tensor:
-        heads = (*hidden_states_BTD.shape[:2], -1, self.head_dim)
-        q = self.q_norm(self.q_proj(hidden_states_BTD).view(heads)).transpose(1, 2)
-        k = self.k_norm(self.k_proj(hidden_states_BTD).view(heads)).transpose(1, 2)
-        v = self.v_proj(hidden_states_BTD).view(heads).transpose(1, 2)
+        """attention_mask: as scaled_dot_product_attention takes it (None: causal), or documents of packed rows."""
+        mask, documents = split_documents(attention_mask)
+        x = pack(hidden_states_BTD, documents)
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)
+        v = self.v_proj(x).view(heads).transpose(1, 2)
         q, k = rotate(q, rotary["attention"]), rotate(k, rotary["attention"])
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        o = attend(q, k, v, attention_mask, self.head_dim**-0.5)
-        return self.o_proj(o.transpose(1, 2).flatten(2))
+        lengths = None if documents is None else documents.lengths
+        o = attend(q, k, v, mask, self.head_dim**-0.5, lengths)
+        return unpack(self.o_proj(o.transpose(1, 2).flatten(2)), documents)

@@ -1,9 +1,13 @@
 """The configuration of a hybrid: the base's own figures, the mixer of every layer, and the mixers' geometry."""
 
 import math
+import os
+import shutil
+from pathlib import Path
 from typing import Any, Literal
 
 from transformers import PreTrainedConfig
+from transformers.dynamic_module_utils import get_relative_import_files
 
 MIXERS = ("attention", "mla", "gated_deltanet", "mamba2")
 CACHE_KIND = {
@@ -11,6 +15,12 @@ CACHE_KIND = {
     "mla": "full_attention",
     "gated_deltanet": "linear_attention",
     "mamba2": "linear_attention",
+}
+CODE = "modeling_hylo"  # the file that transformers takes the classes from, in a directory that it does not know
+AUTO_MAP = {
+    "AutoConfig": f"{CODE}.HyloConfig",
+    "AutoModel": f"{CODE}.HyloModel",
+    "AutoModelForCausalLM": f"{CODE}.HyloForCausalLM",
 }
 
 
@@ -87,6 +97,19 @@ class HyloConfig(PreTrainedConfig):
         if self.mla_rope_parameters is None:
             self.mla_rope_parameters = {"rope_type": "default", "rope_theta": self.rope_parameters["rope_theta"]}
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Writes the code beside config.json that loads the directory where nobody imports this package."""
+        self.auto_map = dict(AUTO_MAP)
+        os.makedirs(save_directory, exist_ok=True)
+        code = Path(__file__).with_name(f"{CODE}.py")  # imports the package; in a portable export, its neighbours
+        for file in {code, *map(Path, get_relative_import_files(code))}:
+            shutil.copyfile(file, Path(save_directory, file.name))
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing, or transformers' save_pretrained would add this file and an auto_map that names it."""
 
     def validate(self) -> None:
         """transformers' checks at saving but RoPE's, which would hold the base's lengths against the supported one."""

@@ -13,13 +13,13 @@ from hylo.checkpoint import Weights, names
 from hylo.errors import HyloError
 from hylo.files import read_json
 
-MODEL_TYPES = ("llama", "qwen3", "hylo")
+MODEL_TYPES = ("llama", "qwen2", "qwen3", "hylo")
 
 
 def load_model(
     directory: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
-    """A Llama, Qwen3 or hylo model from a directory, in evaluation mode. No remote code, safetensors only.
+    """A Llama, Qwen2.5, Qwen3 or hylo model from a directory, in evaluation mode. No remote code, safetensors only.
 
     Raises HyloError if the directory is missing or half-written, or its tensors and its config.json do not agree.
     """
@@ -47,12 +47,14 @@ def load_model(
 
 
 def read_configuration(directory: Path) -> dict[str, Any]:
-    """config.json of a Llama, Qwen3 or hylo directory whose weight files are there and whole; reads no weight.
+    """config.json of a Llama, Qwen2.5, Qwen3 or hylo directory whose weight files are there and whole; reads no weight.
 
     Raises HyloError as `load_model` does.
     """
     if not directory.is_dir():
         raise HyloError(f"model directory {directory} does not exist; check the path")
+    if (directory / "hybrid_config.json").is_file():  # config.json is the base's there
+        raise HyloError(f"model {directory} is a released checkpoint; run `hylo import {directory} OUT` and load OUT")
     config = read_json(directory / "config.json", "configuration")
     if (model_type := config.get("model_type")) not in MODEL_TYPES:
         raise HyloError(f"model {directory} is of model_type {model_type}; loaded are {', '.join(MODEL_TYPES)}")

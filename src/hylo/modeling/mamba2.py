@@ -6,9 +6,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
-from hylo.modeling.attention import inverse_rms
+from hylo.modeling.attention import ShortConv, inverse_rms
 from hylo.modeling.cache import read_states, write_states
 from hylo.modeling.configuration import HyloConfig
+from hylo.modeling.documents import Documents, pack, unpack
 from hylo.ops.short_conv import short_conv
 from hylo.ops.ssd import ssd
 
@@ -39,7 +40,7 @@ class Mamba2(nn.Module):
         self.widths = [d_inner, d_xb, groups * self.d_state, self.num_heads * self.d_state, self.num_heads]
         channels = sum(self.widths[1:4])
         self.in_proj = nn.Linear(config.hidden_size, sum(self.widths), bias=config.qkv_bias)
-        self.conv1d = nn.Conv1d(channels, channels, config.conv_kernel_size, groups=channels)
+        self.conv1d = ShortConv(channels, channels, config.conv_kernel_size, groups=channels)
         self.dt_bias = nn.Parameter(torch.zeros(self.num_heads))
         self.A_log = nn.Parameter(torch.zeros(self.num_heads))
         self.D = nn.Parameter(torch.ones(self.num_heads))
@@ -49,19 +50,19 @@ class Mamba2(nn.Module):
     def forward(
         self,
         hidden_states_BTD: Tensor,
-        attention_mask: Tensor | None = None,
+        documents: Documents | None = None,
         rotary: dict[str, tuple[Tensor, Tensor]] | None = None,
         past_key_values: Cache | None = None,
     ) -> Tensor:
-        """attention_mask: (B,T), False on padding, which neither writes nor decays the state; None: no padding."""
+        """documents: where rows are padded or packed; padding gives zeros. `rotary` is not used."""
         d_inner, *channels, num_heads = self.widths
-        z, xBC, dt = self.in_proj(hidden_states_BTD).split([d_inner, sum(channels), num_heads], dim=-1)
-        if attention_mask is not None:
-            xBC = xBC * attention_mask[..., None]
-            dt = dt.masked_fill(~attention_mask[..., None], float("-inf"))  # softplus gives 0
+        cu_seqlens = None if documents is None else documents.cu_seqlens
+        zxBCdt = self.in_proj(pack(hidden_states_BTD, documents))
+        z, xBC, dt = zxBCdt.split([d_inner, sum(channels), num_heads], dim=-1)
 
         conv_state, state = read_states(past_key_values, self.layer_idx)
-        xBC, conv_state = short_conv(xBC, self.conv1d.weight, self.conv1d.bias, conv_state)
+        weight, bias = self.conv1d()
+        xBC, conv_state = short_conv(xBC, weight, bias, conv_state, cu_seqlens)
         x, B, C = F.silu(xBC).split(channels, dim=-1)
         y, state = ssd(
             x.unflatten(-1, (-1, self.head_dim)),
@@ -73,6 +74,7 @@ class Mamba2(nn.Module):
             self.dt_bias,
             initial_state=state,
             output_final_state=past_key_values is not None,
+            cu_seqlens=cu_seqlens,
         )
         write_states(past_key_values, self.layer_idx, conv_state, state)
-        return self.out_proj(self.norm(y.flatten(2) * F.silu(z)))
+        return unpack(self.out_proj(self.norm(y.flatten(2) * F.silu(z))), documents)

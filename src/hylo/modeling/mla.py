@@ -8,12 +8,22 @@ With a `folded` key norm the conversion has multiplied its mean into the project
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
-from hylo.modeling.attention import RMSNorm, inverse_rms
+from hylo.modeling.attention import GivesWeights, RMSNorm, inverse_rms
 from hylo.modeling.configuration import HyloConfig
+from hylo.modeling.documents import Documents, pack, split_documents, unpack
 from hylo.modeling.rope import mla_rope_key, rotate
 from hylo.ops.latent_attention import absorbed_latent_attention, expanded_latent_attention
+
+
+class UpProjection(GivesWeights, nn.Linear):  # type: ignore[misc]  # forward is another
+    """From the latent to every kv head's [nope | v], which hylo.ops.latent_attention applies to keys or to queries."""
+
+
+class KeyNorm(GivesWeights, RMSNorm):  # type: ignore[misc]
+    """Qwen3's key norm, whose weight goes to the queries and whose 1/rms to the cache."""
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -30,32 +40,36 @@ class MultiHeadLatentAttention(nn.Module):
         self.q_b_proj = nn.Linear(config.q_lora_rank, heads * self.qk_head_dim, bias=config.qkv_bias)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, self.rank + self.rope, bias=config.qkv_bias)
         up = self.num_kv_heads * (self.nope + config.v_head_dim)
-        self.kv_b_proj = nn.Linear(self.rank, up, bias=config.qkv_bias)
+        self.kv_b_proj = UpProjection(self.rank, up, bias=config.qkv_bias)
         self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=False)
         self.rope_key = mla_rope_key(config, layer_idx)
         self.normalises_keys = config.qk_norm and config.mla_k_norm == "exact"
         self.q_norm = RMSNorm(self.qk_head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         if self.normalises_keys:
-            self.k_norm = RMSNorm(self.qk_head_dim, config.rms_norm_eps)
+            self.k_norm = KeyNorm(self.qk_head_dim, config.rms_norm_eps)
 
     def forward(
         self,
         hidden_states_BTD: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Tensor | Documents | None,
         rotary: dict[str, tuple[Tensor, Tensor]],
         past_key_values: Cache | None = None,
     ) -> Tensor:
-        B, T, _ = hidden_states_BTD.shape
-        q = self.q_b_proj(self.q_a_proj(hidden_states_BTD)).view(B, T, -1, self.qk_head_dim)
+        """attention_mask: as scaled_dot_product_attention takes it (None: causal), or documents of packed rows."""
+        mask, documents = split_documents(attention_mask)
+        x = pack(hidden_states_BTD, documents)
+        B, T, _ = x.shape
+        q = self.q_b_proj(self.q_a_proj(x)).view(B, T, -1, self.qk_head_dim)
         q = self.q_norm(q).transpose(1, 2)
-        latent, key_rope = self.kv_a_proj_with_mqa(hidden_states_BTD).split([self.rank, self.rope], dim=-1)
+        latent, key_rope = self.kv_a_proj_with_mqa(x).split([self.rank, self.rope], dim=-1)
+        q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)
+        up_weight, up_bias = self.kv_b_proj()
         key_scale = None
         if self.normalises_keys:
-            key_scale = self.inverse_key_rms(latent, key_rope)
-            key_rope = key_rope * self.k_norm.weight[self.nope :]
-        q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)
-        if self.normalises_keys:
-            q_nope = q_nope * self.k_norm.weight[: self.nope]  # the key norm's weight, folded into the queries
+            key_scale = self.inverse_key_rms(latent, key_rope, up_weight, up_bias)
+            weight, _ = self.k_norm()
+            key_rope = key_rope * weight[self.nope :]
+            q_nope = q_nope * weight[: self.nope]
         q = torch.cat((q_nope, rotate(q_rope, rotary[self.rope_key])), dim=-1)
         key_rope = rotate(key_rope[:, None], rotary[self.rope_key])
 
@@ -66,24 +80,20 @@ class MultiHeadLatentAttention(nn.Module):
             key_rope = values[..., : self.rope]
             if key_scale is not None:
                 key_scale = values[:, 0, :, self.rope :].transpose(1, 2)
-        decoding = past_key_values is not None and T == 1
-        attention = absorbed_latent_attention if decoding else expanded_latent_attention
-        o = attention(
-            q,
-            latent[:, 0],
-            key_rope[:, 0],
-            self.kv_b_proj.weight,
-            self.kv_b_proj.bias,
-            self.num_kv_heads,
-            self.qk_head_dim**-0.5,
-            attention_mask,
-            key_scale,
-        )
-        return self.o_proj(o.transpose(1, 2).flatten(2))
+        tensors = q, latent[:, 0], key_rope[:, 0], up_weight, up_bias
+        scale = self.qk_head_dim**-0.5
+        if past_key_values is not None and T == 1:
+            o = absorbed_latent_attention(*tensors, self.num_kv_heads, scale, mask, key_scale)
+        else:
+            lengths = None if documents is None else documents.lengths
+            o = expanded_latent_attention(*tensors, self.num_kv_heads, scale, mask, key_scale, lengths)
+        return unpack(self.o_proj(o.transpose(1, 2).flatten(2)), documents)
 
-    def inverse_key_rms(self, latent_BTR: Tensor, key_rope_BTP: Tensor) -> Tensor:
+    def inverse_key_rms(
+        self, latent_BTR: Tensor, key_rope_BTP: Tensor, up_weight: Tensor, up_bias: Tensor | None
+    ) -> Tensor:
         """1/rms of every assembled key [W_k c | rope key] before weight and rotation, (B,K,T)."""
-        up = self.kv_b_proj(latent_BTR).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
+        up = F.linear(latent_BTR, up_weight, up_bias).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
         key_rope = key_rope_BTP[:, None].expand(-1, self.num_kv_heads, -1, -1)
         keys = torch.cat((up[..., : self.nope], key_rope), dim=-1)
         return inverse_rms(keys, self.k_norm.eps).squeeze(-1).to(latent_BTR.dtype)

@@ -1,7 +1,8 @@
 """The hybrid decoder: the base's embeddings, norms and MLPs, with a token mixer of its own choice in every layer."""
 
 import math
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 from hylo.modeling.attention import Attention, RMSNorm
 from hylo.modeling.cache import LinearCache, new_cache
 from hylo.modeling.configuration import CACHE_KIND, HyloConfig
+from hylo.modeling.documents import Documents, find_documents, pack
 from hylo.modeling.gated_deltanet import GatedDeltaNet
 from hylo.modeling.mamba2 import GroupedRMSNorm, Mamba2
 from hylo.modeling.mla import MultiHeadLatentAttention
@@ -29,7 +31,7 @@ MIXER_CLASSES = {
     "gated_deltanet": GatedDeltaNet,
     "mamba2": Mamba2,
 }
-LayerMasks = dict[str, Tensor | None]
+LayerMasks = dict[str, Tensor | Documents | None]
 Rotary = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -79,6 +81,14 @@ class HyloPreTrainedModel(PreTrainedModel):
     _is_stateful = True  # a recurrent state cannot be rolled back: no assisted decoding
     _can_record_outputs = {"hidden_states": HyloDecoderLayer}
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """transformers' own. Raises ValueError for a released checkpoint, whose config.json is its base's."""
+        directory = pretrained_model_name_or_path
+        if directory is not None and (Path(directory) / "hybrid_config.json").is_file():
+            raise ValueError(f"{directory} is a released checkpoint; run: hylo import {directory} OUT, and load OUT")
+        return super().from_pretrained(directory, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Fresh parameters. Gates and convolutions start as in flash-linear-attention and mamba-ssm."""
@@ -123,17 +133,28 @@ class HyloModel(HyloPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        seq_idx: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """attention_mask: (B, past + T), zero on padding. Caches by default unless training."""
+        """attention_mask: (B, past + T), zero on padding. Caches by default unless training or packed.
+
+        Rows may pack documents, which cu_seq_lens_q, seq_idx or position_ids that restart tell apart (`find_documents`,
+        what transformers' DataCollatorWithFlattening passes). Raises ValueError if such rows are to be cached.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch = (hidden_states.shape[0], hidden_states.shape[1])
+        documents = find_documents(batch, attention_mask, position_ids, cu_seq_lens_q, seq_idx)
+        packed = documents is not None and documents.packed
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
+            use_cache = self.config.use_cache and not self.training and not packed
+        if packed and (use_cache or past_key_values is not None):
+            raise ValueError("a packed row cannot be cached, as it has no one end to go on from: set use_cache=False")
         if use_cache and past_key_values is None:
             past_key_values = new_cache(self.config)
-        inputs = self.layer_inputs(hidden_states, attention_mask, position_ids, past_key_values)
+        inputs = self._layer_inputs(hidden_states, attention_mask, position_ids, past_key_values, documents)
         for layer in self.layers:
             hidden_states = layer(hidden_states, **inputs)
         if isinstance(past_key_values, LinearCache):
@@ -148,27 +169,49 @@ class HyloModel(HyloPreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        seq_idx: Tensor | None = None,
     ) -> dict[str, Any]:
         """What a decoder layer takes beside its hidden state, by keyword: masks by layer type, cos and sin, the cache.
 
-        Raises ValueError for a 4-D mask where there are linear blocks, which cannot follow it.
+        The arguments are those of `forward`. Raises ValueError for a 4-D mask where there are linear blocks, which
+        cannot follow it.
         """
-        length, device = hidden_states_BTD.shape[1], hidden_states_BTD.device
+        batch = (hidden_states_BTD.shape[0], hidden_states_BTD.shape[1])
+        documents = find_documents(batch, attention_mask, position_ids, cu_seq_lens_q, seq_idx)
+        return self._layer_inputs(hidden_states_BTD, attention_mask, position_ids, past_key_values, documents)
+
+    def _layer_inputs(
+        self,
+        hidden_states_BTD: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        documents: Documents | None,
+    ) -> dict[str, Any]:
         masks: LayerMasks = {}
         rotary: Rotary = {}
         if "linear_attention" in self.config.layer_types:
-            masks["linear_attention"] = _padding(attention_mask, length)
+            if attention_mask is not None and attention_mask.ndim != 2:
+                raise ValueError("linear blocks take a padding mask (batch, tokens); a 4-D mask cannot be followed")
+            masks["linear_attention"] = documents
         if "full_attention" in self.config.layer_types:
-            # Without position_ids, from which transformers would guess packed documents that linear blocks cannot see.
-            masks["full_attention"] = create_causal_mask(
-                config=self.config,
-                inputs_embeds=hidden_states_BTD,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-            )
-            if position_ids is None:
-                past = past_key_values.get_seq_length() if past_key_values is not None else 0
-                position_ids = torch.arange(past, past + length, device=device)[None]
+            if documents is not None and documents.packed:
+                masks["full_attention"] = documents
+                if position_ids is None:
+                    position_ids = documents.positions().to(hidden_states_BTD.device)
+                else:
+                    position_ids = pack(position_ids.expand(documents.shape)[..., None], documents)[..., 0]
+            else:
+                if position_ids is None:
+                    position_ids = _positions(hidden_states_BTD, attention_mask, past_key_values)
+                # Without position_ids, in which transformers would look for packed documents again.
+                masks["full_attention"] = create_causal_mask(
+                    config=self.config,
+                    inputs_embeds=hidden_states_BTD,
+                    attention_mask=attention_mask,
+                    past_key_values=past_key_values,
+                )
             rotary = self.rope(hidden_states_BTD, position_ids)
         return {"attention_mask": masks, "rotary": rotary, "past_key_values": past_key_values}
 
@@ -235,11 +278,10 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = new_cache(self.config)
 
 
-def _padding(attention_mask: Tensor | None, length: int) -> Tensor | None:
-    """(B,T), False on padding, for the last T tokens of the mask; None where none is padding."""
-    if attention_mask is None:
-        return None
-    if attention_mask.ndim != 2:
-        raise ValueError("linear blocks take a padding mask (batch, tokens); a 4-D mask cannot be followed")
-    mask = attention_mask[:, -length:].bool()
-    return None if mask.all() else mask
+def _positions(hidden_states_BTD: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:
+    """(B or 1, T): each token's place among the row's tokens, padding not counted."""
+    length = hidden_states_BTD.shape[1]
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
+    past = past_key_values.get_seq_length() if past_key_values is not None else 0
+    return torch.arange(past, past + length, device=hidden_states_BTD.device)[None]

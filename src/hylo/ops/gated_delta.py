@@ -3,12 +3,14 @@
     S_t = exp(g_t) S_(t-1),   S_t <- S_t + k_t (beta_t (v_t - S_t^T k_t))^T,   o_t = scale S_t^T q_t
 
 `gated_delta_rule` runs chunk by chunk (the WY form of arXiv 2406.06484, section 3.2, with decay): everything inside the
-chunks is done for all chunks at once, and only the state goes from one to the next in a loop. Linear in T.
+chunks is done for all chunks at once, and only the state goes from one to the next in a loop. Linear in T. Packed
+documents are cut into chunks each by itself, and every step of the loop takes all documents that have another chunk.
 """
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from hylo.ops.chunks import Chunks, make_chunks
 
 CHUNK = 64
 
@@ -23,19 +25,26 @@ def gated_delta_rule(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     use_qk_l2norm: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """q, k (B,T,Hk,K); v (B,T,Hv,V), Hv a multiple of Hk; g (log decay, <= 0) and beta (B,T,Hv); state (B,Hv,K,V).
+    """q, k (B,T,Hk,K); v (B,T,Hv,V), Hv a multiple of Hk; g (log decay, <= 0) and beta (B,T,Hv); state (N,Hv,K,V).
 
-    scale: K**-0.5 if None. Returns o (B,T,Hv,V) in v's type and the last state or None.
-    The core runs in float32, or in float64 where v is float64.
+    scale: K**-0.5 if None. cu_seqlens (N+1): B = 1 row packs N documents with these bounds, each with a state of its
+    own (0 <= ... <= T, on the CPU if it can be; empty documents keep their state); None: N = B rows.
+    Returns o (B,T,Hv,V) in v's type and the last states or None.
+    The core runs in float32, or in float64 where v is float64. Raises ValueError for bounds that do not fit.
     """
     with torch.autocast(v.device.type, enabled=False):
         q_, k_, v_, g_, beta_ = _prepare(q, k, v, g, beta, scale, use_qk_l2norm)
         if initial_state is None:
-            initial_state = v_.new_zeros(*v_.shape[:2], k.shape[3], v.shape[3])
-        run = _step if v.shape[1] == 1 else _chunked
-        o, state = run(q_, k_, v_, g_, beta_, initial_state.to(v_.dtype))
-    return o.transpose(1, 2).to(v.dtype), state if output_final_state else None
+            sequences = len(v) if cu_seqlens is None else len(cu_seqlens) - 1
+            initial_state = v_.new_zeros(sequences, v.shape[2], k.shape[3], v.shape[3])
+        initial_state = initial_state.to(v_.dtype)
+        if v.shape[1] == 1 and cu_seqlens is None:
+            o, state = _step(q_, k_, v_, g_, beta_, initial_state)
+        else:
+            o, state = _chunked(q_, k_, v_, g_, beta_, initial_state, make_chunks(v, cu_seqlens, CHUNK))
+    return o.to(v.dtype), state if output_final_state else None
 
 
 def naive_gated_delta_rule(
@@ -48,19 +57,23 @@ def naive_gated_delta_rule(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     use_qk_l2norm: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The same, token by token as the equations have it."""
-    q_BHTK, k_BHTK, v_BHTV, g_BHT, beta_BHT = _prepare(q, k, v, g, beta, scale, use_qk_l2norm)
-    state = v_BHTV.new_zeros(*k_BHTK.shape[:2], k.shape[3], v.shape[3]) if initial_state is None else initial_state
-    outputs = []
-    for t in range(v.shape[1]):
-        state = state * g_BHT[:, :, t, None, None].exp()
-        read = torch.einsum("bhkv,bhk->bhv", state, k_BHTK[:, :, t])
-        write = beta_BHT[:, :, t, None] * (v_BHTV[:, :, t] - read)
-        state = state + torch.einsum("bhk,bhv->bhkv", k_BHTK[:, :, t], write)
-        outputs.append(torch.einsum("bhkv,bhk->bhv", state, q_BHTK[:, :, t]))
-    o = torch.stack(outputs, dim=1).to(v.dtype)
-    return o, state if output_final_state else None
+    q_, k_, v_, g_, beta_ = _prepare(q, k, v, g, beta, scale, use_qk_l2norm)
+    bounds = [0, v.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+    if initial_state is None:
+        initial_state = v_.new_zeros(len(v) * (len(bounds) - 1), v.shape[2], k.shape[3], v.shape[3])
+    outputs, states = [], []
+    for start, end, state in zip(bounds[:-1], bounds[1:], initial_state.split(len(v)), strict=True):
+        for t in range(start, end):
+            state = state * g_[:, t, :, None, None].exp()
+            read = torch.einsum("bhkv,bhk->bhv", state, k_[:, t])
+            write = beta_[:, t, :, None] * (v_[:, t] - read)
+            state = state + torch.einsum("bhk,bhv->bhkv", k_[:, t], write)
+            outputs.append(torch.einsum("bhkv,bhk->bhv", state, q_[:, t]))
+        states.append(state)
+    return torch.stack(outputs, dim=1).to(v.dtype), torch.cat(states) if output_final_state else None
 
 
 def l2norm(x: Tensor) -> Tensor:
@@ -70,39 +83,37 @@ def l2norm(x: Tensor) -> Tensor:
 def _prepare(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float | None, use_qk_l2norm: bool
 ) -> tuple[Tensor, ...]:
-    """Heads before time, core type, scaled queries, as many q/k heads as value heads."""
+    """Core type, scaled queries, as many q/k heads as value heads."""
     core = torch.float64 if v.dtype == torch.float64 else torch.float32
-    q, k, v, g, beta = (t.to(core).transpose(1, 2) for t in (q, k, v, g, beta))
+    q, k, v, g, beta = (t.to(core) for t in (q, k, v, g, beta))
     if use_qk_l2norm:
         q, k = l2norm(q), l2norm(k)
     q = q * (k.shape[-1] ** -0.5 if scale is None else scale)
-    if (repeats := v.shape[1] // k.shape[1]) > 1:
-        q, k = q.repeat_interleave(repeats, 1), k.repeat_interleave(repeats, 1)
+    if (repeats := v.shape[2] // k.shape[2]) > 1:
+        q, k = q.repeat_interleave(repeats, 2), k.repeat_interleave(repeats, 2)
     return q, k, v, g, beta
 
 
 def _step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One token: (B,H,1,K), (B,H,1,V), (B,H,1) and the state (B,H,K,V)."""
-    state = state * g[..., None].exp()
+    """One token: (B,1,H,K), (B,1,H,V), (B,1,H) and the state (B,H,K,V)."""
+    q, k, v, g, beta = (t.transpose(1, 2) for t in (q, k, v, g, beta))
+    state = state * g.exp()[..., None]
     write = beta[..., None] * (v - k @ state)
     state = state + k.transpose(-1, -2) * write
-    return q @ state, state
+    return (q @ state).transpose(1, 2), state
 
 
-def _chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """All of (B,H,T,.); C is the chunk length, N the number of chunks.
+def _chunked(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, chunks: Chunks
+) -> tuple[Tensor, Tensor]:
+    """All of (B,T,H,.); below, the chunks and heads are M = S*H matrices of C rows.
 
     Within a chunk, with G the cumulative log decay and S the state before it, the writes U solve the unit lower
     triangular system (I + tril(beta K K^T exp(G_i - G_j), -1)) U = beta (V - exp(G) K S).
     """
-    B, H, T, K = k.shape
-    V, C = v.shape[-1], min(CHUNK, T)
-    N = -(-T // C)
-    if padding := N * C - T:  # padded tokens have beta = 0 and g = 0: they neither write nor decay
-        q, k, v = (F.pad(t, (0, 0, 0, padding)) for t in (q, k, v))
-        g, beta = (F.pad(t, (0, padding)) for t in (g, beta))
-    q, k, v = (t.reshape(B * H * N, C, -1) for t in (q, k, v))
-    beta, G = beta.reshape(B * H * N, 1, C), g.reshape(B * H * N, 1, C).cumsum(-1)
+    C, H = chunks.length, v.shape[2]
+    q, k, v = (chunks.split(t).flatten(0, 1) for t in (q, k, v))
+    beta, G = chunks.split(beta).reshape(-1, 1, C), chunks.split(g).reshape(-1, 1, C).cumsum(-1)
 
     later = torch.ones(C, C, dtype=torch.bool, device=k.device).triu(1)
     # Masked before exp: the differences above the diagonal are positive, and inf * 0 is NaN in backward.
@@ -110,14 +121,17 @@ def _chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Te
     kT = k.transpose(1, 2)
     solve = _UnitLowerInverse.apply(k @ kT * decay * beta.transpose(1, 2)) * beta
     from_start, to_end = G.exp(), (G[..., -1:] - G).exp().transpose(1, 2)
-    writes, states, state = _StateScan.apply(
-        *(t.view(B * H, N, C, -1) for t in (solve @ v, (solve * from_start) @ k, to_end * k)),
-        from_start[..., -1].view(B * H, N, 1, 1),
-        state.reshape(B * H, K, V),
+    writes, states, last = _StateScan.apply(
+        solve @ v,
+        (solve * from_start) @ k,
+        to_end * k,
+        from_start[..., -1:],
+        chunks.ordered(state).flatten(0, 1),
+        [sequences * H for sequences in chunks.steps],
     )
-    o = (q * from_start.transpose(1, 2)) @ states.view(B * H * N, K, V)
-    o = torch.baddbmm(o, q @ kT * decay, writes.view(B * H * N, C, V))
-    return o.view(B, H, N * C, V)[:, :, :T], state.view(B, H, K, V)
+    o = (q * from_start.transpose(1, 2)) @ states
+    o = torch.baddbmm(o, q @ kT * decay, writes)
+    return chunks.join(o.unflatten(0, (-1, H))), chunks.restored(last.view_as(state))
 
 
 class _UnitLowerInverse(torch.autograd.Function):
@@ -142,28 +156,33 @@ class _StateScan(torch.autograd.Function):
 
         U_n = A_n - W_n S_n,   S_(n+1) = d_n S_n + E_n^T U_n
 
-    A (M,N,C,V), W and E (M,N,C,K), d (M,N,1,1), S_0 (M,K,V) -> U (M,N,C,V), the S_n before each chunk (M,N,K,V), S_N.
+    A (M,C,V), W and E (M,C,K), d (M,1,1), S_0 (heads of all sequences,K,V) -> U (M,C,V), the S_n before each chunk
+    (M,K,V), the last states. Step n takes the next steps[n] of the M, and that many states from the front.
     """
 
     @staticmethod
-    def forward(ctx, A, W, E, d, S):  # type: ignore[no-untyped-def]
-        U, states = torch.empty_like(A), A.new_empty(*A.shape[:2], *S.shape[1:])
-        for n in range(A.shape[1]):
-            states[:, n] = S
-            U[:, n] = torch.baddbmm(A[:, n], W[:, n], S, alpha=-1)
-            S = torch.baddbmm(d[:, n] * S, E[:, n].transpose(1, 2), U[:, n])
+    def forward(ctx, A, W, E, d, S, steps):  # type: ignore[no-untyped-def]
+        U, states, S = torch.empty_like(A), A.new_empty(len(A), *S.shape[1:]), S.clone()
+        for A_n, W_n, E_n, d_n, U_n, S_n in zip(*(t.split(steps) for t in (A, W, E, d, U, states)), strict=True):
+            after = S[: len(A_n)]
+            S_n.copy_(after)
+            torch.baddbmm(A_n, W_n, S_n, alpha=-1, out=U_n)
+            after.mul_(d_n).baddbmm_(E_n.transpose(1, 2), U_n)
         ctx.save_for_backward(W, E, d, U, states)
+        ctx.steps = steps
         return U, states, S
 
     @staticmethod
     def backward(ctx, dU, dstates, dS):  # type: ignore[no-untyped-def]
         W, E, d, U, states = ctx.saved_tensors
-        dA, after = torch.empty_like(U), torch.empty_like(states)  # `after`: the gradient of S_(n+1)
-        for n in reversed(range(U.shape[1])):
-            after[:, n] = dS
-            dA[:, n] = torch.baddbmm(dU[:, n], E[:, n], dS)
-            dS = torch.baddbmm(dstates[:, n] + d[:, n] * dS, W[:, n].transpose(1, 2), dA[:, n], alpha=-1)
+        dA, after, dS = torch.empty_like(U), torch.empty_like(states), dS.clone()  # `after`: the gradient of S_(n+1)
+        parts = zip(*(t.split(ctx.steps) for t in (dU, dstates, W, E, d, dA, after)), strict=True)
+        for dU_n, dstates_n, W_n, E_n, d_n, dA_n, after_n in reversed(list(parts)):
+            before = dS[: len(dA_n)]
+            after_n.copy_(before)
+            torch.baddbmm(dU_n, E_n, after_n, out=dA_n)
+            before.mul_(d_n).add_(dstates_n).baddbmm_(W_n.transpose(1, 2), dA_n, alpha=-1)
         dW = -(dA @ states.transpose(-1, -2))
         dE = U @ after.transpose(-1, -2)
         dd = (states * after).sum((-1, -2), keepdim=True)
-        return dA, dW, dE, dd, dS
+        return dA, dW, dE, dd, dS, None

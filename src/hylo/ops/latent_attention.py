@@ -10,8 +10,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def attend(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSV: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Softmax attention; K divides H; mask boolean or additive, None: causal (T = S) or everything (T = 1)."""
+def attend(
+    q_BHTD: Tensor,
+    k_BKSD: Tensor,
+    v_BKSV: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    lengths: list[int] | None = None,
+) -> Tensor:
+    """Softmax attention; K divides H; mask boolean or additive, None: causal (T = S) or everything (T = 1).
+
+    lengths: those of documents packed one after the other, each of which sees only itself; without a mask.
+    """
+    if lengths is not None:
+        documents = zip(*(t.split(lengths, dim=2) for t in (q_BHTD, k_BKSD, v_BKSV)), strict=True)
+        return torch.cat([attend(q, k, v, mask, scale) for q, k, v in documents], dim=2)
     return F.scaled_dot_product_attention(
         q_BHTD,
         k_BKSD,
@@ -33,12 +46,13 @@ def expanded_latent_attention(
     scale: float,
     mask: Tensor | None = None,
     key_scale_BKS: Tensor | None = None,
+    lengths: list[int] | None = None,
 ) -> Tensor:
     """Returns (B,H,T,v).
 
     q: heads laid out [nope | rope], the rope part rotated. up_weight (K*(nope+v), R) and up_bias: per kv head
     [nope | v] rows.
-    key_scale: a factor on a kv head's whole key at a token (1/rms of Qwen3's key norm). mask as in `attend`.
+    key_scale: a factor on a kv head's whole key at a token (1/rms of Qwen3's key norm). mask, lengths: see `attend`.
     """
     B, S, _ = latent_BSR.shape
     nope = q_BHTD.shape[-1] - key_rope_BSP.shape[-1]
@@ -47,7 +61,7 @@ def expanded_latent_attention(
     k = torch.cat((k_nope, key_rope_BSP[:, None].expand(-1, num_kv_heads, -1, -1)), dim=-1)
     if key_scale_BKS is not None:
         k = k * key_scale_BKS[..., None]
-    return attend(q_BHTD, k, v, mask, scale)
+    return attend(q_BHTD, k, v, mask, scale, lengths)
 
 
 def absorbed_latent_attention(

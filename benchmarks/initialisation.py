@@ -1,0 +1,196 @@
+"""What each way of initialising is worth before any training: KL to the teacher and needle accuracy of the conversion.
+
+    python benchmarks/initialisation.py --json initialisation.json
+
+converts the demo's teacher to all MLA and to the demo's layout, by every option of `hylo convert`, at three KV budgets,
+and prints a table a layout, the published recipe's row first. Rows that the JSON file has already are not run again.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from hylo.convert import Initialisation, convert, with_energy
+from hylo.data.retrieval import FactFormat
+from hylo.data.sources import STANDARD_LIBRARY, held_out_stream
+from hylo.demo import TEACHER
+from hylo.errors import HyloError
+from hylo.evaluate.evaluate import Workload, evaluate_model
+from hylo.evaluate.forward import Teacher
+from hylo.files import write_json
+from hylo.modeling.loading import load_model
+from hylo.pipeline import read_calibration, read_tokenizer
+from hylo.plan import Plan, make_plan
+
+LAYOUTS = {"all MLA": ("6MLA", None), "the demo's": ("2MLA4GDN", [0, 1]), "the demo's, Mamba-2": ("2MLA4M2", [0, 1])}
+KV_RANKS = (48, 80, 112)  # with a rotated key of 16, 25, 37.5 and 50 % of a base layer's 256 values a token
+GEOMETRY = {"q_lora_rank": 96, "qk_rope_head_dim": 16, "gdn_num_heads": 2, "gdn_head_dim": 64}
+CALIBRATION_TOKENS, CALIBRATION_LENGTH = 8192, 256
+LENGTH = 256
+
+
+@dataclass(frozen=True)
+class Row:
+    """One conversion. `energy`: ranks of every layer's own, whose mean is at most `kv_rank`."""
+
+    layout: str
+    kv_rank: int
+    init: str = "pairs-fast"
+    rope_key: str = "mean"
+    calibrated: bool = False
+    energy: bool = False
+    linear_init: str = "aligned"
+    linear_fraction: float = 0.01
+    linear_steps: int = 0
+
+    @property
+    def name(self) -> str:
+        parts = [self.init, self.rope_key] + ["calibrated"] * self.calibrated + ["energy"] * self.energy
+        if self.layout != "all MLA":
+            steps = f" {self.linear_steps} steps" if self.linear_init == "calibrated" else ""
+            fraction = "" if self.linear_init == "recipe" else f" {self.linear_fraction:g}"
+            parts.append(f"linear {self.linear_init}{fraction}{steps}")
+        return ", ".join(parts)
+
+
+def rows() -> Iterator[Row]:
+    for layout in LAYOUTS:
+        for kv_rank in KV_RANKS:
+            yield Row(layout, kv_rank, "recipe", linear_init="recipe")
+            if layout == "all MLA":
+                yield from latent_rows(layout, kv_rank)
+            else:
+                yield from linear_rows(layout, kv_rank)
+
+
+def latent_rows(layout: str, kv_rank: int) -> Iterator[Row]:
+    for init in ("recipe", "pairs-stride", "pairs-fast", "pairs-best"):
+        for calibrated in (False, True):
+            for rope_key in ("mean", "pca"):
+                if (init, calibrated, rope_key) != ("recipe", False, "mean"):
+                    yield Row(layout, kv_rank, init, rope_key, calibrated)
+    for calibrated in (False, True):
+        yield Row(layout, kv_rank, "pairs-fast", "pca", calibrated, energy=True)
+
+
+def linear_rows(layout: str, kv_rank: int) -> Iterator[Row]:
+    """With the plain MLA of `pairs-fast`, then with the calibrated one."""
+    for linear_init, fraction, steps in (
+        ("recipe", 0.01, 0),
+        ("aligned", 0.01, 0),
+        ("aligned", 0.3, 0),
+        ("aligned", 1.0, 0),
+        ("calibrated", 0.01, 0),
+        ("calibrated", 0.3, 0),
+        ("calibrated", 1.0, 0),
+        ("calibrated", 0.01, 300),
+        ("calibrated", 0.3, 300),
+    ):
+        for calibrated in (False, True):
+            if calibrated or linear_init != "calibrated":
+                rope_key = "pca" if calibrated else "mean"
+                yield Row(layout, kv_rank, "pairs-fast", rope_key, calibrated, False, linear_init, fraction, steps)
+
+
+def measure(row: Row, ids: Tensor, guide: Teacher, work: Workload) -> dict[str, Any]:
+    how = Initialisation(
+        row.init,
+        row.linear_init,
+        row.rope_key,
+        ids if row.calibrated else None,
+        row.linear_fraction,
+        row.linear_steps,
+    )
+    layout, positions = LAYOUTS[row.layout]
+    plan = make_plan(TEACHER, layout, positions, GEOMETRY | {"kv_lora_rank": row.kv_rank}, "float32")
+    if row.energy:
+        plan = most_energy(plan, how, row.kv_rank)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "student"
+        convert(TEACHER, out, plan, how)
+        result = evaluate_model(load_model(out), guide, work)
+    length = str(LENGTH)
+    return {
+        "kv_percent_of_base": plan.kv_percent_of_base,
+        "kl": result["kl"][length],
+        "needle": result["needle"][length],
+        "perplexity": result["perplexity"][length],
+    }
+
+
+def most_energy(plan: Plan, how: Initialisation, kv_rank: int) -> Plan:
+    """The plan of the largest energy whose layers' mean rank is at most `kv_rank`."""
+    low, high, best = 0.0, 1.0, None
+    for _ in range(12):
+        middle = (low + high) / 2
+        candidate = with_energy(plan, how, middle)
+        ranks = [candidate.kv_lora_ranks[i] for i, mixer in enumerate(plan.mixers) if mixer == "mla"]
+        if sum(ranks) <= kv_rank * len(ranks):
+            low, best = middle, candidate
+        else:
+            high = middle
+    if best is None:
+        raise HyloError(f"no energy gives a mean rank of at most {kv_rank}; give a larger budget")
+    return best
+
+
+def print_tables(measured: list[dict[str, Any]], console: Console) -> None:
+    for layout in LAYOUTS:
+        of_layout = [entry for entry in measured if entry["layout"] == layout]
+        table = Table(title=f"{layout}: untrained, at {LENGTH} tokens", title_justify="left")
+        table.add_column("initialisation", no_wrap=True)
+        budgets = [
+            next((f"{e['kv_percent_of_base']:.1f}" for e in of_layout if e["kv_rank"] == rank and not e["energy"]), "")
+            for rank in KV_RANKS
+        ]
+        for budget in budgets:
+            table.add_column(f"KL at {budget} % KV", justify="right")
+        for budget in budgets:
+            table.add_column(f"needle at {budget} %", justify="right")
+        for name in dict.fromkeys(entry["name"] for entry in of_layout):
+            by_rank = {entry["kv_rank"]: entry for entry in of_layout if entry["name"] == name}
+            kls = [f"{by_rank[rank]['kl']:.4f}" if rank in by_rank else "" for rank in KV_RANKS]
+            needles = [f"{by_rank[rank]['needle']:.3f}" if rank in by_rank else "" for rank in KV_RANKS]
+            table.add_row(name, *kls, *needles)
+        console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, help="file to keep the rows in, and to go on from")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    console = Console(width=160)
+    tokenizer = read_tokenizer(TEACHER)
+    stream = held_out_stream(tokenizer, [STANDARD_LIBRARY])
+    work = Workload([LENGTH], stream, FactFormat.of(tokenizer), 256, 16384)
+    ids = read_calibration(TEACHER, [STANDARD_LIBRARY], CALIBRATION_TOKENS, CALIBRATION_LENGTH)
+    guide = Teacher(load_model(TEACHER))
+    known: dict[str, Any] = {}
+    if arguments.json and arguments.json.exists():
+        known = {json.dumps(e["row"], sort_keys=True): e for e in json.loads(arguments.json.read_text())["rows"]}
+    measured = []
+    for row in rows():
+        key = json.dumps(asdict(row), sort_keys=True)
+        entry = known.get(key) or {"row": asdict(row), **asdict(row), "name": row.name} | measure(row, ids, guide, work)
+        measured.append(entry)
+        console.print(
+            f"{row.layout} rank {row.kv_rank}: {row.name}: KL {entry['kl']:.4f}, needle {entry['needle']:.3f}"
+        )
+        if arguments.json:
+            write_json(arguments.json, {"length": LENGTH, "teacher": "demo", "rows": measured})
+    print_tables(measured, console)
+
+
+if __name__ == "__main__":
+    main()
