@@ -49,7 +49,7 @@ class Row:
     calibrated: bool = False
     energy: bool = False
     linear_init: str = "aligned"
-    linear_fraction: float = 0.01
+    linear_fraction: float | None = None
     linear_steps: int = 0
 
     @property
@@ -57,7 +57,7 @@ class Row:
         parts = [self.init, self.rope_key] + ["calibrated"] * self.calibrated + ["energy"] * self.energy
         if self.layout != "all MLA":
             steps = f" {self.linear_steps} steps" if self.linear_init == "calibrated" else ""
-            fraction = "" if self.linear_init == "recipe" else f" {self.linear_fraction:g}"
+            fraction = "" if self.linear_fraction is None else f" {self.linear_fraction:g}"
             parts.append(f"linear {self.linear_init}{fraction}{steps}")
         return ", ".join(parts)
 
@@ -85,15 +85,14 @@ def latent_rows(layout: str, kv_rank: int) -> Iterator[Row]:
 def linear_rows(layout: str, kv_rank: int) -> Iterator[Row]:
     """With the plain MLA of `pairs-fast`, then with the calibrated one."""
     for linear_init, fraction, steps in (
-        ("recipe", 0.01, 0),
+        ("recipe", None, 0),
         ("aligned", 0.01, 0),
         ("aligned", 0.3, 0),
         ("aligned", 1.0, 0),
         ("calibrated", 0.01, 0),
-        ("calibrated", 0.3, 0),
-        ("calibrated", 1.0, 0),
+        ("calibrated", None, 0),
         ("calibrated", 0.01, 300),
-        ("calibrated", 0.3, 300),
+        ("calibrated", None, 300),
     ):
         for calibrated in (False, True):
             if calibrated or linear_init != "calibrated":

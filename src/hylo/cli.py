@@ -79,7 +79,9 @@ def convert(
     linear_init: Annotated[
         LinearInit | None, typer.Option(help="how linear blocks start; default aligned, with --calibrate calibrated")
     ] = None,
-    linear_fraction: Annotated[float, typer.Option(help="of the attention's output that they start with")] = 0.01,
+    linear_fraction: Annotated[
+        float | None, typer.Option(help="of the attention's output norm that they start with; calibrated: the best")
+    ] = None,
     linear_steps: Annotated[int, typer.Option(help="of fitting each calibrated one to its attention", min=0)] = 300,
     calibrate: Annotated[list[str] | None, typer.Option(help="text file, folder or python-stdlib; repeatable")] = None,
     calibration_tokens: Annotated[int, typer.Option(help="of that text to run the base on", min=1)] = 4096,
@@ -90,7 +92,15 @@ def convert(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
 ) -> None:
     """Replaces the base's attention by the layout's mixers, initialised from it."""
-    from hylo.convert import Initialisation, measure_ranks, planned_config, print_ranks, read_base, with_energy
+    from hylo.convert import (
+        Initialisation,
+        measure_ranks,
+        planned_config,
+        print_fits,
+        print_ranks,
+        read_base,
+        with_energy,
+    )
     from hylo.convert import convert as run
     from hylo.pipeline import read_calibration
     from hylo.plan import make_plan
@@ -114,7 +124,8 @@ def convert(
         if dry_run:
             return
         shard_bytes = int(shard_gib * 2**30)
-        run(base, out, result, initialisation, seed, dtype, shard_bytes, _shown(bar, "convert"))
+        fits = run(base, out, result, initialisation, seed, dtype, shard_bytes, _shown(bar, "convert"))
+    print_fits(fits, console)
     console.print(f"wrote {out}")
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hylo.convert import Initialisation, convert, read_base, with_energy
+from hylo.convert import Initialisation, convert, print_fits, read_base, with_energy
 from hylo.convert.calibration import calibration_rows
 from hylo.data.retrieval import FactFormat
 from hylo.data.rows import RowDataset
@@ -165,7 +165,9 @@ def _train(
         return directory
 
     def converted(directory: Path, how: Initialisation) -> Path:
-        make = partial(convert, recipe.base, directory, plan, how, seed=recipe.seed, dtype=recipe.dtype)
+        def make() -> None:
+            print_fits(convert(recipe.base, directory, plan, how, seed=recipe.seed, dtype=recipe.dtype), console)
+
         return once("convert", directory, make)
 
     def extended(student: Path, folder: Path, stages: list[Training]) -> Path:

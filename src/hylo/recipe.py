@@ -51,7 +51,7 @@ class Recipe(BaseModel):
     k_norm: Literal["exact", "folded"] = "exact"
     rank: int | str | None = Field(None, description="kv_lora_rank: a number, or energy=0.95 for each layer's own")
     linear_init: Literal["recipe", "aligned", "calibrated"] | None = None
-    linear_fraction: float = Field(0.01, gt=0)
+    linear_fraction: float | None = Field(None, gt=0)
     linear_steps: int = Field(300, ge=0)
     calibration_tokens: int = Field(0, ge=0, description="of the training text, to run the base on at conversion")
     calibration_length: Length = 512

@@ -9,6 +9,7 @@ from hylo.convert.initialisation import (
     ROPE_KEYS,
     Initialisation,
     measure_ranks,
+    print_fits,
     print_ranks,
     with_energy,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "hylo_config",
     "measure_ranks",
     "planned_config",
+    "print_fits",
     "print_ranks",
     "read_base",
     "with_energy",

@@ -13,6 +13,7 @@ from hylo.convert.calibration import LayerSample, samples_of
 from hylo.convert.config import planned_config
 from hylo.convert.initialisation import Initialisation
 from hylo.convert.linear import fill_gated_deltanet, fill_mamba2
+from hylo.convert.linear_fit import FitResult
 from hylo.convert.mla import fill_mla
 from hylo.convert.write import SHARD_BYTES, ShardWriter
 from hylo.errors import HyloError
@@ -36,13 +37,14 @@ def convert(
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
-) -> None:
+) -> dict[int, FitResult]:
     """Writes the hybrid that `plan` describes, initialised from the base, to the new directory `out`.
 
     `seed` decides what is left to chance, layer by layer. `dtype` of the written weights (default: the plan's), in
     shards of at most `shard_bytes` where a tensor is not larger; `progress(layers done, layers)` is called after every
-    layer. Memory holds one layer and one shard. Raises HyloError for a base that cannot be read, an initialisation that
-    does not fit and an `out` that exists or cannot be written.
+    layer. Memory holds one layer and one shard. Returns how far calibrated linear blocks came, by layer.
+    Raises HyloError for a base that cannot be read, an initialisation that does not fit and an `out` that exists or
+    cannot be written.
     """
     initialisation = initialisation or Initialisation()
     initialisation.check(plan)
@@ -55,13 +57,16 @@ def convert(
     with torch.device("meta"):
         model = HyloForCausalLM(config)
     layers = range(config.num_hidden_layers)
+    fits = {}
     with complete_directory(out) as partial:
         writer = ShardWriter(partial, config.dtype, shard_bytes)
         writer.add("model.embed_tokens.weight", checkpoint["model.embed_tokens.weight"])
         for index, sample in zip(
             layers, samples_of(checkpoint, config, initialisation.sampled_by, layers), strict=True
         ):
-            _write_layer(writer, checkpoint, model, index, initialisation, sample, seed)
+            fit = _write_layer(writer, checkpoint, model, index, initialisation, sample, seed)
+            if fit is not None:
+                fits[index] = fit
             if progress is not None:
                 progress(index + 1, len(layers))
         writer.add("model.norm.weight", checkpoint["model.norm.weight"])
@@ -70,6 +75,7 @@ def convert(
         writer.finish()
         config.save_pretrained(partial)
         copy_companions(base, partial)
+    return fits
 
 
 def _write_layer(
@@ -80,7 +86,7 @@ def _write_layer(
     initialisation: Initialisation,
     sample: LayerSample | None,
     seed: int,
-) -> None:
+) -> FitResult | None:
     """The base's norms and MLP as they are, and the mixer."""
     init = initialisation.init
     verbatim = model.config.mixers[index] == "attention" and init != "random"
@@ -89,9 +95,9 @@ def _write_layer(
         if verbatim or not name.startswith("self_attn."):
             writer.add(prefix + name.replace("self_attn.", "mixer."), checkpoint[prefix + name])
     if verbatim:
-        return
+        return None
     layer = model.model.layers[index]
-    mixer = fresh_mixer(model, index, seed)
+    mixer, fit = fresh_mixer(model, index, seed), None
     if init != "random":
         attention = checkpoint.attention(index)
         if isinstance(mixer, MultiHeadLatentAttention):
@@ -103,12 +109,13 @@ def _write_layer(
             fraction, steps = initialisation.linear_fraction, initialisation.linear_steps
             with seeded(seed, index):
                 if isinstance(mixer, GatedDeltaNet):
-                    fill_gated_deltanet(mixer, attention, initialisation.linear, sample, norm, fraction, steps)
+                    fit = fill_gated_deltanet(mixer, attention, initialisation.linear, sample, norm, fraction, steps)
                 elif isinstance(mixer, Mamba2):
-                    fill_mamba2(mixer, attention, initialisation.linear, sample, norm, fraction, steps)
+                    fit = fill_mamba2(mixer, attention, initialisation.linear, sample, norm, fraction, steps)
     for name, tensor in mixer.state_dict().items():
         writer.add(f"{prefix}mixer.{name}", tensor)
     layer.mixer = mixer.to("meta")
+    return fit
 
 
 def fresh_mixer(model: HyloForCausalLM, index: int, seed: int) -> nn.Module:

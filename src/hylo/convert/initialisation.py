@@ -1,6 +1,6 @@
 """How the new mixers start: the choices, checked, and the rank that every latent attention layer would need."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from hylo.convert.base import BaseCheckpoint, read_base
 from hylo.convert.calibration import samples_of
 from hylo.convert.config import planned_config
+from hylo.convert.linear_fit import FitResult
 from hylo.convert.mla import best_pairs, fold_key_norm, keys_and_values, rows_factored, split_rows
 from hylo.convert.svd import energy_kept, rank_for_energy, singular_values
 from hylo.errors import HyloError
@@ -31,14 +32,15 @@ class Initialisation:
     query norm cannot follow. `calibration_BT`: token ids to run the base on, which
     a folded key norm and `calibrated` linear blocks need; MLA's ranks are then cut by activations instead of weights.
     `linear_init` None: `calibrated` where there is calibration text, else `aligned`. Linear blocks start with an output
-    of about `linear_fraction` of the attention's; `calibrated` ones are then fitted to it for `linear_steps` steps.
+    of `linear_fraction` of the attention's norm (None: nearly closed, or, calibrated, with the least squared error);
+    `calibrated` ones are then fitted to it for `linear_steps` steps.
     """
 
     init: str = "pairs-fast"
     linear_init: str | None = None
     rope_key: str | None = None
     calibration_BT: Tensor | None = None
-    linear_fraction: float = 0.01
+    linear_fraction: float | None = None
     linear_steps: int = 300
 
     @property
@@ -62,7 +64,7 @@ class Initialisation:
         ):
             if value not in known:
                 raise HyloError(f"{what} {value} is not known; choose one of {', '.join(known)}")
-        if self.linear_fraction <= 0:
+        if self.linear_fraction is not None and self.linear_fraction <= 0:
             raise HyloError(f"linear fraction {self.linear_fraction} must be above 0")
         if self.init == "random":
             return
@@ -151,6 +153,11 @@ def measure_ranks(
         if progress is not None:
             progress(len(measured), len(layers))
     return measured
+
+
+def print_fits(fits: Mapping[int, FitResult], console: Console) -> None:
+    for index, fit in fits.items():
+        console.print(f"layer {index}: squared error to its attention {fit.before:.3g}, fitted {fit.after:.3g}")
 
 
 def print_ranks(ranks: list[LayerRanks], console: Console) -> None:
