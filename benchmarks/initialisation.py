@@ -83,10 +83,11 @@ def latent_rows(layout: str, kv_rank: int) -> Iterator[Row]:
 
 
 def linear_rows(layout: str, kv_rank: int) -> Iterator[Row]:
-    """With the plain MLA of `pairs-fast`, then with the calibrated one."""
+    """Each with the default MLA, then with the calibrated one."""
     for linear_init, fraction, steps in (
         ("recipe", None, 0),
         ("aligned", 0.01, 0),
+        ("aligned", 0.1, 0),
         ("aligned", 0.3, 0),
         ("aligned", 1.0, 0),
         ("calibrated", 0.01, 0),
@@ -96,8 +97,7 @@ def linear_rows(layout: str, kv_rank: int) -> Iterator[Row]:
     ):
         for calibrated in (False, True):
             if calibrated or linear_init != "calibrated":
-                rope_key = "pca" if calibrated else "mean"
-                yield Row(layout, kv_rank, "pairs-fast", rope_key, calibrated, False, linear_init, fraction, steps)
+                yield Row(layout, kv_rank, "pairs-fast", "pca", calibrated, False, linear_init, fraction, steps)
 
 
 def measure(row: Row, ids: Tensor, guide: Teacher, work: Workload) -> dict[str, Any]:

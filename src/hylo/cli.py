@@ -87,7 +87,7 @@ def convert(
     calibration_tokens: Annotated[int, typer.Option(help="of that text to run the base on", min=1)] = 4096,
     calibration_length: Annotated[int, typer.Option(help="tokens of a row", min=2)] = 512,
     dtype: Annotated[Dtype | None, typer.Option(help="of the weights written; the base's if left out")] = None,
-    shard_gib: Annotated[float, typer.Option(help="size of a weight file", min=0.001)] = 1.0,
+    shard_gib: Annotated[float, typer.Option(help="size of a weight file", min=0.001)] = 0.5,
     seed: Annotated[int, typer.Option(help="of what is drawn at random", min=0)] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
 ) -> None:

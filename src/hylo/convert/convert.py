@@ -14,6 +14,7 @@ from hylo.convert.config import planned_config
 from hylo.convert.initialisation import Initialisation
 from hylo.convert.linear import fill_gated_deltanet, fill_mamba2
 from hylo.convert.linear_fit import FitResult
+from hylo.convert.memory import release_freed
 from hylo.convert.mla import fill_mla
 from hylo.convert.write import SHARD_BYTES, ShardWriter
 from hylo.errors import HyloError
@@ -67,6 +68,7 @@ def convert(
             fit = _write_layer(writer, checkpoint, model, index, initialisation, sample, seed)
             if fit is not None:
                 fits[index] = fit
+            release_freed()
             if progress is not None:
                 progress(index + 1, len(layers))
         writer.add("model.norm.weight", checkpoint["model.norm.weight"])

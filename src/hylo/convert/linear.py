@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 # silu follows both blocks' values. At this rms it is nearly linear, and their output norm takes any scale away again.
 VALUE_RMS = 0.2
-CLOSED = 0.01  # Taylor-Calibrate's share of the attention's output
+CLOSED = 0.1  # of the attention's output; Taylor-Calibrate closes to 0.01, which gains less and learns more slowly
 GATE = 2.0  # a gate's projection where it is to stay open and even: silu(2) = 1.76
 # Attention sums its values. The delta rule overwrites instead, the more so the larger beta is (and 0 never writes).
 BETA = 0.2

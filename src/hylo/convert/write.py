@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hylo.checkpoint import INDEX, WEIGHTS
 
-SHARD_BYTES = 1 << 30
+SHARD_BYTES = 1 << 29
 
 
 class ShardWriter:
