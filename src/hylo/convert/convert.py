@@ -11,6 +11,7 @@ from hylo.checkpoint import check_dtype, copy_companions
 from hylo.convert.base import BaseCheckpoint, read_base
 from hylo.convert.calibration import LayerSample, samples_of
 from hylo.convert.config import planned_config
+from hylo.convert.device import compute_device, moved
 from hylo.convert.initialisation import Initialisation
 from hylo.convert.linear import fill_gated_deltanet, fill_mamba2
 from hylo.convert.linear_fit import FitResult
@@ -107,13 +108,17 @@ def _write_layer(
             if model.config.mla_inv_freq is not None:
                 model.config.mla_inv_freq[index] = base_frequencies(model.config)[0][pairs].tolist()
         else:
-            norm = checkpoint[f"{prefix}input_layernorm.weight"].float()
+            device = compute_device()
+            attention, sample = moved(attention, device), None if sample is None else moved(sample, device)
+            norm = checkpoint[f"{prefix}input_layernorm.weight"].to(device, torch.float32)
             fraction, steps = initialisation.linear_fraction, initialisation.linear_steps
+            mixer.to(device)
             with seeded(seed, index):
                 if isinstance(mixer, GatedDeltaNet):
                     fit = fill_gated_deltanet(mixer, attention, initialisation.linear, sample, norm, fraction, steps)
                 elif isinstance(mixer, Mamba2):
                     fit = fill_mamba2(mixer, attention, initialisation.linear, sample, norm, fraction, steps)
+            mixer.to("cpu")
     for name, tensor in mixer.state_dict().items():
         writer.add(f"{prefix}mixer.{name}", tensor)
     layer.mixer = mixer.to("meta")

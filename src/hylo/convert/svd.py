@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from hylo.convert.device import compute_device
+
 DAMPING = 0.01  # of the mean of the covariance's diagonal
 
 
@@ -41,7 +43,7 @@ def rank_for_energy(singular: Tensor, share: float) -> int:
 
 def _weighted(matrix: Tensor, covariance: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """`matrix` @ L and L, on the GPU where there is one."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = compute_device()
     matrix = matrix.to(device)
     if covariance is None:
         return matrix, None
