@@ -1,16 +1,18 @@
 """What each way of initialising is worth before any training: KL to the teacher and needle accuracy of the conversion.
 
     python benchmarks/initialisation.py --json initialisation.json
+    python benchmarks/initialisation.py --teacher qwen3-teacher --json qwen3.json
 
 converts the demo's teacher to all MLA and to the demo's layout, by every option of `hylo convert`, at three KV budgets,
 and prints a table a layout, the published recipe's row first. Rows that the JSON file has already are not run again.
+A Qwen3 teacher (benchmarks/qwen3_teacher.py makes one) has no `pca` rows, and `folded` beside `exact` key norms.
 """
 
 import argparse
 import json
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from hylo.convert import Initialisation, convert, with_energy
+from hylo.convert import Initialisation, convert, read_base, with_energy
 from hylo.data.retrieval import FactFormat
 from hylo.data.sources import STANDARD_LIBRARY, held_out_stream
 from hylo.demo import TEACHER
@@ -48,6 +50,7 @@ class Row:
     rope_key: str = "mean"
     calibrated: bool = False
     energy: bool = False
+    k_norm: str = "exact"
     linear_init: str = "aligned"
     linear_fraction: float | None = None
     linear_steps: int = 0
@@ -55,6 +58,7 @@ class Row:
     @property
     def name(self) -> str:
         parts = [self.init, self.rope_key] + ["calibrated"] * self.calibrated + ["energy"] * self.energy
+        parts += ["folded"] * (self.k_norm == "folded")
         if self.layout != "all MLA":
             steps = f" {self.linear_steps} steps" if self.linear_init == "calibrated" else ""
             fraction = "" if self.linear_fraction is None else f" {self.linear_fraction:g}"
@@ -62,27 +66,29 @@ class Row:
         return ", ".join(parts)
 
 
-def rows() -> Iterator[Row]:
+def rows(qwen3: bool) -> Iterator[Row]:
+    rope_keys = ("mean",) if qwen3 else ("mean", "pca")
     for layout in LAYOUTS:
         for kv_rank in KV_RANKS:
             yield Row(layout, kv_rank, "recipe", linear_init="recipe")
-            if layout == "all MLA":
-                yield from latent_rows(layout, kv_rank)
-            else:
-                yield from linear_rows(layout, kv_rank)
+            of_layout = latent_rows if layout == "all MLA" else linear_rows
+            for row in of_layout(layout, kv_rank, rope_keys):
+                yield row
+                if qwen3 and row.calibrated:
+                    yield replace(row, k_norm="folded")
 
 
-def latent_rows(layout: str, kv_rank: int) -> Iterator[Row]:
+def latent_rows(layout: str, kv_rank: int, rope_keys: tuple[str, ...]) -> Iterator[Row]:
     for init in ("recipe", "pairs-stride", "pairs-fast", "pairs-best"):
         for calibrated in (False, True):
-            for rope_key in ("mean", "pca"):
+            for rope_key in rope_keys:
                 if (init, calibrated, rope_key) != ("recipe", False, "mean"):
                     yield Row(layout, kv_rank, init, rope_key, calibrated)
     for calibrated in (False, True):
-        yield Row(layout, kv_rank, "pairs-fast", "pca", calibrated, energy=True)
+        yield Row(layout, kv_rank, "pairs-fast", rope_keys[-1], calibrated, energy=True)
 
 
-def linear_rows(layout: str, kv_rank: int) -> Iterator[Row]:
+def linear_rows(layout: str, kv_rank: int, rope_keys: tuple[str, ...]) -> Iterator[Row]:
     """Each with the default MLA, then with the calibrated one."""
     for linear_init, fraction, steps in (
         ("recipe", None, 0),
@@ -97,10 +103,11 @@ def linear_rows(layout: str, kv_rank: int) -> Iterator[Row]:
     ):
         for calibrated in (False, True):
             if calibrated or linear_init != "calibrated":
-                yield Row(layout, kv_rank, "pairs-fast", "pca", calibrated, False, linear_init, fraction, steps)
+                how = {"linear_init": linear_init, "linear_fraction": fraction, "linear_steps": steps}
+                yield Row(layout, kv_rank, "pairs-fast", rope_keys[-1], calibrated, **how)
 
 
-def measure(row: Row, ids: Tensor, guide: Teacher, work: Workload) -> dict[str, Any]:
+def measure(base: Path, row: Row, ids: Tensor, guide: Teacher, work: Workload) -> dict[str, Any]:
     how = Initialisation(
         row.init,
         row.linear_init,
@@ -110,12 +117,12 @@ def measure(row: Row, ids: Tensor, guide: Teacher, work: Workload) -> dict[str, 
         row.linear_steps,
     )
     layout, positions = LAYOUTS[row.layout]
-    plan = make_plan(TEACHER, layout, positions, GEOMETRY | {"kv_lora_rank": row.kv_rank}, "float32")
+    plan = make_plan(base, layout, positions, GEOMETRY | {"kv_lora_rank": row.kv_rank}, "float32", k_norm=row.k_norm)
     if row.energy:
         plan = most_energy(plan, how, row.kv_rank)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "student"
-        convert(TEACHER, out, plan, how)
+        convert(base, out, plan, how)
         result = evaluate_model(load_model(out), guide, work)
     length = str(LENGTH)
     return {
@@ -165,29 +172,36 @@ def print_tables(measured: list[dict[str, Any]], console: Console) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--teacher", type=Path, default=TEACHER, help="a checkpoint of the demo's teacher's shape")
     parser.add_argument("--json", type=Path, help="file to keep the rows in, and to go on from")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     console = Console(width=160)
-    tokenizer = read_tokenizer(TEACHER)
+    base = arguments.teacher
+    tokenizer = read_tokenizer(base)
     stream = held_out_stream(tokenizer, [STANDARD_LIBRARY])
     work = Workload([LENGTH], stream, FactFormat.of(tokenizer), 256, 16384)
-    ids = read_calibration(TEACHER, [STANDARD_LIBRARY], CALIBRATION_TOKENS, CALIBRATION_LENGTH)
-    guide = Teacher(load_model(TEACHER))
+    ids = read_calibration(base, [STANDARD_LIBRARY], CALIBRATION_TOKENS, CALIBRATION_LENGTH)
+    guide = Teacher(load_model(base))
     known: dict[str, Any] = {}
     if arguments.json and arguments.json.exists():
-        known = {json.dumps(e["row"], sort_keys=True): e for e in json.loads(arguments.json.read_text())["rows"]}
+        kept = json.loads(arguments.json.read_text())
+        if kept["teacher"] != base.name:
+            parser.error(f"{arguments.json} has rows of {kept['teacher']}; name another file")
+        known = {json.dumps(e["row"], sort_keys=True): e for e in kept["rows"]}
     measured = []
-    for row in rows():
+    for row in rows(read_base(base).config.model_type == "qwen3"):
         key = json.dumps(asdict(row), sort_keys=True)
-        entry = known.get(key) or {"row": asdict(row), **asdict(row), "name": row.name} | measure(row, ids, guide, work)
+        entry = known.get(key) or {"row": asdict(row), **asdict(row), "name": row.name} | measure(
+            base, row, ids, guide, work
+        )
         measured.append(entry)
         console.print(
             f"{row.layout} rank {row.kv_rank}: {row.name}: KL {entry['kl']:.4f}, needle {entry['needle']:.3f}"
         )
         if arguments.json:
-            write_json(arguments.json, {"length": LENGTH, "teacher": "demo", "rows": measured})
+            write_json(arguments.json, {"length": LENGTH, "teacher": base.name, "rows": measured})
     print_tables(measured, console)
 
 
