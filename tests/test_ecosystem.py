@@ -193,6 +193,7 @@ def test_accelerate_places_layers(mixed: Path, tmp_path: Path) -> None:
 NO_COMPILER = shutil.which(os.environ.get("CXX", "g++")) is None
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own
 @pytest.mark.parametrize(
     "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(NO_COMPILER, reason="no C++ compiler"))]
 )
