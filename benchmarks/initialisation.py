@@ -138,7 +138,7 @@ def most_energy(plan: Plan, how: Initialisation, kv_rank: int) -> Plan:
     low, high, best = 0.0, 1.0, None
     for _ in range(12):
         middle = (low + high) / 2
-        candidate = with_energy(plan, how, middle)
+        candidate, _ = with_energy(plan, how, middle)
         ranks = [candidate.kv_lora_ranks[i] for i, mixer in enumerate(plan.mixers) if mixer == "mla"]
         if sum(ranks) <= kv_rank * len(ranks):
             low, best = middle, candidate

@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 
 from hylo.errors import HyloError
 from hylo.files import read_json
+from hylo.modeling.configuration import RELEASED
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -96,6 +97,12 @@ def weight_files(directory: Path) -> list[Path]:
         if not (directory / shard).is_file():
             raise HyloError(f"weight index {directory / INDEX} names {shard}, which is missing; copy it there")
     return [directory / shard for shard in sorted(set(shards.values()))]
+
+
+def refuse_released(directory: Path) -> None:
+    """Its config.json is the base's, its tensors are a hybrid's."""
+    if (directory / RELEASED).is_file():
+        raise HyloError(f"{directory} is a released checkpoint; run `hylo import {directory} OUT` and use OUT")
 
 
 def read_base_config(directory: Path) -> PreTrainedConfig:

@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers.utils import logging as transformers_logging
 
+from hylo.convert import Init, LinearInit, RopeKey
 from hylo.errors import HyloError
+from hylo.modeling.configuration import KNorm
 
 app = typer.Typer(
     help="Turns a pretrained Transformer into a long-context hybrid.",
@@ -22,9 +24,6 @@ app = typer.Typer(
 )
 console = Console()
 
-Init = Literal["recipe", "pairs-stride", "pairs-fast", "pairs-best", "random"]
-LinearInit = Literal["recipe", "aligned", "calibrated"]
-KNorm = Literal["exact", "folded"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Precision = Literal["float32", "bf16"]
 
@@ -68,7 +67,7 @@ def convert(
     geometry: GeometryOption = None,
     init: Annotated[Init, typer.Option(help="how MLA starts; random: every mixer drawn afresh")] = "pairs-fast",
     rope_key: Annotated[
-        Literal["mean", "pca"] | None,
+        RopeKey | None,
         typer.Option(help="the one rotated key, from the kv heads'; default pca, mean for recipe and on Qwen3"),
     ] = None,
     k_norm: KNormOption = "exact",
@@ -115,12 +114,15 @@ def convert(
     initialisation.check(result)  # what is wrong is said in a dry run too
     checkpoint = read_base(base)
     with Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal) as bar:
+        ranks = None
         if energy is not None:
-            result = with_energy(result, initialisation, energy, _shown(bar, "ranks"))
-        result.print(console)
-        if rank_report:
+            result, ranks = with_energy(result, initialisation, energy, _shown(bar, "ranks"))
+        elif rank_report:
             config = planned_config(result, init)
-            print_ranks(measure_ranks(checkpoint, config, initialisation, progress=_shown(bar, "energies")), console)
+            ranks = measure_ranks(checkpoint, config, initialisation, progress=_shown(bar, "ranks"))
+        result.print(console)
+        if rank_report and ranks is not None:
+            print_ranks(ranks, console)
         if dry_run:
             return
         shard_bytes = int(shard_gib * 2**30)

@@ -5,13 +5,11 @@ Everything here follows from the base's configuration and a dict of HyloConfig's
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 from transformers import PreTrainedConfig
 
 from hylo.errors import HyloError
-
-KNorm = Literal["exact", "folded"]  # of MLA on Qwen3: the norm as it is, or its mean multiplied into the weights
+from hylo.modeling.configuration import KNorm
 
 # The three bases whose hybrids are published: (hidden, layers, query heads, kv heads, head_dim) -> kv and query rank.
 PUBLISHED_RANKS = {

@@ -55,7 +55,7 @@ def upcycle(recipe: Recipe, run: Path, console: Console) -> dict[str, Any]:
     initialisation.check(plan)
     read_base(recipe.base)
     if energy is not None:
-        plan = with_energy(plan, initialisation, energy)
+        plan, _ = with_energy(plan, initialisation, energy)
     plan.print(console)
     read_configuration(recipe.extension_teacher)
     check_pair(recipe.base, recipe.base, recipe.align.length)

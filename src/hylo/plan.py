@@ -12,7 +12,6 @@ from transformers import PreTrainedConfig
 from hylo.checkpoint import check_dtype, dtype_of, read_base_config
 from hylo.errors import HyloError
 from hylo.geometry import (
-    KNorm,
     cached_values_per_token,
     check_kv_ranks,
     complete_geometry,
@@ -22,6 +21,7 @@ from hylo.geometry import (
     state_values,
 )
 from hylo.layout import layout_name, parse_layout
+from hylo.modeling.configuration import KNorm
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from hylo.convert import Init, LinearInit, RopeKey
 from hylo.data.sources import STANDARD_LIBRARY
 from hylo.distill.settings import Training
 from hylo.errors import HyloError
+from hylo.modeling.configuration import KNorm
 
 Length = Annotated[int, Field(gt=0)]
 
@@ -46,11 +48,11 @@ class Recipe(BaseModel):
     layout: str
     mla_layers: list[int] | None = None
     geometry: dict[str, int] = {}
-    init: Literal["recipe", "pairs-stride", "pairs-fast", "pairs-best", "random"] = "pairs-fast"
-    rope_key: Literal["mean", "pca"] | None = None
-    k_norm: Literal["exact", "folded"] = "exact"
+    init: Init = "pairs-fast"
+    rope_key: RopeKey | None = None
+    k_norm: KNorm = "exact"
     rank: int | str | None = Field(None, description="kv_lora_rank: a number, or energy=0.95 for each layer's own")
-    linear_init: Literal["recipe", "aligned", "calibrated"] | None = None
+    linear_init: LinearInit | None = None
     linear_fraction: float | None = Field(None, gt=0)
     linear_steps: int = Field(300, ge=0)
     calibration_tokens: int = Field(0, ge=0, description="of the training text, to run the base on at conversion")

@@ -189,6 +189,13 @@ def test_pickles_beside_safetensors_are_not_read(write_base: WriteBase) -> None:
     read_base(directory)
 
 
+def test_a_released_checkpoint_is_to_be_imported(write_base: WriteBase) -> None:
+    base = write_base()
+    (base / "hybrid_config.json").write_text("{}")
+    with pytest.raises(HyloError, match=f"hylo import {base} OUT"):
+        read_base(base)
+
+
 def test_a_tensor_in_two_shards_is_refused(write_base: WriteBase) -> None:
     directory = write_base(shard="20KB")
     shard = sorted(directory.glob("*.safetensors"))[0]

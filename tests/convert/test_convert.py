@@ -187,12 +187,13 @@ def test_energy_decides_every_layers_rank(write_base: WriteBase) -> None:
     base = write_base()
     plan = make_plan(base, "2MLA1GDN")
     how = Initialisation()
-    plans = [with_energy(plan, how, share) for share in (0.5, 0.8, 1.0)]
+    plans, ranks = zip(*(with_energy(plan, how, share) for share in (0.5, 0.8, 1.0)), strict=True)
     assert plans[0].kv_lora_ranks is not None and plans[2].kv_lora_ranks is not None
     assert sum(plans[0].kv_lora_ranks) < sum(plans[2].kv_lora_ranks)
     assert plans[0].kv_bytes_per_token < plans[1].kv_bytes_per_token <= plans[2].kv_bytes_per_token
     checkpoint, config = read_base(base), planned_config(plans[1], "pairs-fast")
-    for measured in measure_ranks(checkpoint, config, how):
+    assert ranks[1] == measure_ranks(checkpoint, config, how)
+    for measured in ranks[1]:
         assert measured.kv_rank == config.kv_rank(measured.layer)
         assert measured.kv_energy >= 0.8
         attention = checkpoint.attention(measured.layer)

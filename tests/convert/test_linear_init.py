@@ -305,7 +305,7 @@ def test_half_life_is_the_look_back(block: type[nn.Module]) -> None:
 def test_the_steady_direction_is_a_constant_where_inputs_have_one() -> None:
     x = torch.randn(4, 50, D)
     x[..., 3] = 2.0
-    projected = x @ steady_direction(x)
+    projected = x @ steady_direction(dataclasses.replace(sample_of(attention()), inputs_BTD=x))
     assert projected.mean().item() == pytest.approx(1, abs=1e-5) and projected.std() < 0.1
 
 

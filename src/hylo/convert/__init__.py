@@ -4,10 +4,10 @@ from hylo.convert.base import BaseAttention, BaseCheckpoint, read_base
 from hylo.convert.config import hylo_config, planned_config
 from hylo.convert.convert import convert
 from hylo.convert.initialisation import (
-    INITS,
-    LINEAR_INITS,
-    ROPE_KEYS,
+    Init,
     Initialisation,
+    LinearInit,
+    RopeKey,
     measure_ranks,
     print_fits,
     print_ranks,
@@ -15,12 +15,12 @@ from hylo.convert.initialisation import (
 )
 
 __all__ = [
-    "INITS",
-    "LINEAR_INITS",
-    "ROPE_KEYS",
     "BaseAttention",
     "BaseCheckpoint",
+    "Init",
     "Initialisation",
+    "LinearInit",
+    "RopeKey",
     "convert",
     "hylo_config",
     "measure_ranks",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from hylo.checkpoint import Weights, names, read_base_config
+from hylo.checkpoint import Weights, names, read_base_config, refuse_released
 from hylo.errors import HyloError
 
 
@@ -91,6 +91,7 @@ class BaseCheckpoint:
 
 def read_base(directory: Path) -> BaseCheckpoint:
     """Opens a Llama, Qwen2.5 or Qwen3 directory in Hugging Face format. Raises HyloError for anything else or less."""
+    refuse_released(directory)
     return BaseCheckpoint(directory)
 
 

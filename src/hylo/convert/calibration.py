@@ -15,7 +15,7 @@ from hylo.convert.base import BaseCheckpoint
 from hylo.errors import HyloError
 from hylo.modeling import HyloConfig, HyloDecoderLayer
 from hylo.modeling.attention import Attention
-from hylo.modeling.rope import base_frequencies, cos_sin, rotate
+from hylo.modeling.rope import base_frequencies, cos_sin
 from hylo.ops.latent_attention import attend
 
 
@@ -96,11 +96,7 @@ def _attention_sample(layer: HyloDecoderLayer, config: HyloConfig, hidden_BTD: T
     mixer = layer.mixer
     assert isinstance(mixer, Attention)
     x = layer.input_layernorm(hidden_BTD)
-    heads = (*x.shape[:2], -1, config.head_dim)
-    rotary = cos_sin(*base_frequencies(config), torch.arange(x.shape[1])[None], x.dtype)
-    q = rotate(mixer.q_norm(mixer.q_proj(x).view(heads)).transpose(1, 2), rotary)
-    k = rotate(mixer.k_norm(mixer.k_proj(x).view(heads)).transpose(1, 2), rotary)
-    v = mixer.v_proj(x).view(heads).transpose(1, 2)
+    q, k, v = mixer.project(x, cos_sin(*base_frequencies(config), torch.arange(x.shape[1])[None], x.dtype))
     scale = config.head_dim**-0.5
     context = attend(q, k, v, None, scale).transpose(1, 2)
     return LayerSample(x, mixer.o_proj(context.flatten(2)), context, q.transpose(1, 2), k.transpose(1, 2), scale)

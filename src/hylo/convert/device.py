@@ -1,12 +1,15 @@
 """Where conversion computes: on the GPU where there is one."""
 
 from dataclasses import fields, replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
-Record = TypeVar("Record")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Record = TypeVar("Record", bound="DataclassInstance")
 
 
 def compute_device() -> torch.device:
@@ -15,6 +18,6 @@ def compute_device() -> torch.device:
 
 def moved(record: Record, device: torch.device) -> Record:
     """A dataclass with every tensor among its fields on `device`."""
-    values = {field.name: getattr(record, field.name) for field in fields(record)}  # type: ignore[arg-type]
+    values = {field.name: getattr(record, field.name) for field in fields(record)}
     tensors = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
-    return replace(record, **tensors)  # type: ignore[type-var]
+    return replace(record, **tensors)

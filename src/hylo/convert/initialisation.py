@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -19,9 +19,9 @@ from hylo.layout import is_attention_like
 from hylo.modeling import HyloConfig
 from hylo.plan import Plan, make_plan
 
-INITS = ("recipe", "pairs-stride", "pairs-fast", "pairs-best", "random")
-LINEAR_INITS = ("recipe", "aligned", "calibrated")
-ROPE_KEYS = ("mean", "pca")
+Init = Literal["recipe", "pairs-stride", "pairs-fast", "pairs-best", "random"]
+LinearInit = Literal["recipe", "aligned", "calibrated"]
+RopeKey = Literal["mean", "pca"]
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Initialisation:
     def check(self, plan: Plan) -> None:
         """Raises HyloError for a choice that does not exist or does not fit the plan. Reads no weight."""
         for what, value, known in (
-            ("init", self.init, INITS),
-            ("linear init", self.linear, LINEAR_INITS),
-            ("rope key", self.rope_key_for(plan.base_config.model_type), ROPE_KEYS),
+            ("init", self.init, get_args(Init)),
+            ("linear init", self.linear, get_args(LinearInit)),
+            ("rope key", self.rope_key_for(plan.base_config.model_type), get_args(RopeKey)),
         ):
             if value not in known:
                 raise HyloError(f"{what} {value} is not known; choose one of {', '.join(known)}")
@@ -86,11 +86,22 @@ class Initialisation:
             split_rows(plan.base_config.head_dim, plan.geometry["qk_rope_head_dim"], self.init)
 
 
+class LayerRanks(NamedTuple):
+    """One MLA layer's ranks, and the share of squared singular values that they keep."""
+
+    layer: int
+    kv_rank: int
+    kv_energy: float
+    q_rank: int
+    q_energy: float
+
+
 def with_energy(
     plan: Plan, initialisation: Initialisation, energy: float, progress: Callable[[int, int], None] | None = None
-) -> Plan:
+) -> tuple[Plan, list[LayerRanks]]:
     """The plan with every MLA layer's kv rank the least that keeps `energy`, a share of squared singular values.
 
+    And what these ranks keep, as `measure_ranks` finds it.
     Raises HyloError if `energy` is no share, or the plan has no MLA layer.
     """
     if not 0 < energy <= 1:
@@ -103,7 +114,7 @@ def with_energy(
     for measurement in measured:
         ranks[measurement.layer] = measurement.kv_rank
     attention_like = [i for i, mixer in enumerate(plan.mixers) if is_attention_like(mixer)]
-    return make_plan(
+    changed = make_plan(
         plan.base,
         plan.layout,
         attention_like,
@@ -113,16 +124,7 @@ def with_energy(
         k_norm=plan.k_norm,
         kv_lora_ranks=ranks,
     )
-
-
-class LayerRanks(NamedTuple):
-    """One MLA layer's ranks, and the share of squared singular values that they keep."""
-
-    layer: int
-    kv_rank: int
-    kv_energy: float
-    q_rank: int
-    q_energy: float
+    return changed, measured
 
 
 def measure_ranks(

@@ -20,7 +20,6 @@ from hylo.convert.linear_fit import (
     FitResult,
     fit,
     inputs_of,
-    inverse_softplus,
     look_back,
     set_output_norm,
     steady_direction,
@@ -29,6 +28,7 @@ from hylo.convert.linear_fit import (
 )
 from hylo.modeling.gated_deltanet import GatedDeltaNet
 from hylo.modeling.mamba2 import Mamba2
+from hylo.modeling.model import inverse_softplus
 
 if TYPE_CHECKING:
     from hylo.convert.calibration import LayerSample
@@ -90,7 +90,7 @@ def fill_gated_deltanet(
         return None
 
     assert layer is not None
-    u = steady_direction(layer.inputs_BTD)
+    u = steady_direction(layer)
     mean_H = look_back(layer)
     mean = torch.stack([mean_H[taken].mean() if taken else mean_H.mean() for taken in keys_of])
     mixer.A_log.zero_()
@@ -154,7 +154,7 @@ def fill_mamba2(
         return None
 
     assert layer is not None
-    z.copy_((GATE * steady_direction(layer.inputs_BTD)).expand_as(z))
+    z.copy_((GATE * steady_direction(layer)).expand_as(z))
     if mixer.in_proj.bias is not None:
         mixer.in_proj.bias[:z_rows] = 0
     mixer.in_proj.weight[-mixer.num_heads :] = 0  # dt: the bias alone decides

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hylo.convert.svd import DAMPING
+
 if TYPE_CHECKING:
     from hylo.convert.calibration import LayerSample
 
@@ -46,18 +48,13 @@ def step_for(look_back_H: Tensor) -> Tensor:
     return (math.log(2) / look_back_H).clamp(1e-3, 5)
 
 
-def inverse_softplus(x: Tensor) -> Tensor:
-    return x + torch.log(-torch.expm1(-x))
-
-
-def steady_direction(inputs_BTD: Tensor) -> Tensor:
+def steady_direction(layer: "LayerSample") -> Tensor:
     """u (D,) for which u.x is as near to 1 as it gets over the inputs, by ridge regression, and 1 on average.
 
     It gives projections without bias a constant. Inputs without a mean leave only a noisy one.
     """
-    x_ND = inputs_BTD.flatten(0, 1)
-    covariance, mean = x_ND.T @ x_ND / len(x_ND), x_ND.mean(0)
-    covariance.diagonal().add_(0.01 * covariance.diagonal().mean())
+    covariance, mean = layer.covariance(), layer.inputs_BTD.flatten(0, 1).mean(0)
+    covariance.diagonal().add_(DAMPING * covariance.diagonal().mean())
     u = torch.linalg.solve(covariance, mean)
     return u / (u @ mean)
 

@@ -24,8 +24,8 @@ from hylo.errors import HyloError
 from hylo.files import complete_directory, read_json
 from hylo.geometry import complete_geometry
 from hylo.modeling import HyloConfig, HyloForCausalLM
+from hylo.modeling.configuration import RELEASED
 
-HYBRID_CONFIG = "hybrid_config.json"
 ROPE_PAIRINGS = ("interleaved", "half-split")
 RopePairing = Literal["interleaved", "half-split"]
 PREFIXES = {"mla": "mla", "gated_deltanet": "gdn", "mamba2": "mamba"}  # mixer -> its module in a release
@@ -158,10 +158,10 @@ def read_hybrid_config(directory: Path, lenient: bool = False) -> tuple[HybridCo
     Raises HyloError for missing and misformed keys, for the variants that no release uses, and for unknown keys unless
     `lenient`.
     """
-    path = directory / HYBRID_CONFIG
+    path = directory / RELEASED
     if directory.is_dir() and not path.exists():
         raise HyloError(
-            f"{directory} is no released checkpoint: it holds no {HYBRID_CONFIG}; copy it there (bases are converted)"
+            f"{directory} is no released checkpoint: it holds no {RELEASED}; copy it there (bases are converted)"
         )
     try:
         hybrid = HybridConfig.model_validate(read_json(path, "hybrid configuration"))
@@ -193,7 +193,7 @@ def released_config(directory: Path, hybrid: HybridConfig, base: PreTrainedConfi
     MLA's RoPE is the hybrid's own. Where YaRN stretches it, the supported length is factor * original length, otherwise
     the hybrid's max_position_embeddings; the base's is not looked at.
     """
-    path = directory / HYBRID_CONFIG
+    path = directory / RELEASED
     if base.model_type not in ("llama", "qwen3"):
         raise HyloError(f"{directory} has a base of model_type {base.model_type}; releases have llama or qwen3")
     stated = {key: (getattr(hybrid, key), getattr(base, theirs)) for key, theirs in IN_CONFIG_JSON.items()}
@@ -342,7 +342,7 @@ def _matched(
         problems.append(f"has {names([matched[ours] for ours in wrong])} in another shape ({shapes})")
     if problems:
         cure = "rename with --map OLD=NEW or restore it" if missing and unexpected else "restore it"
-        raise HyloError(f"{directory} {'; '.join(problems)}; {HYBRID_CONFIG} describes something else: {cure}")
+        raise HyloError(f"{directory} {'; '.join(problems)}; {RELEASED} describes something else: {cure}")
     return matched
 
 

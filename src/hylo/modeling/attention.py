@@ -65,14 +65,17 @@ class Attention(nn.Module):
     ) -> Tensor:
         """attention_mask: as scaled_dot_product_attention takes it (None: causal), or documents of packed rows."""
         mask, documents = split_documents(attention_mask)
-        x = pack(hidden_states_BTD, documents)
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)
-        k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)
-        v = self.v_proj(x).view(heads).transpose(1, 2)
-        q, k = rotate(q, rotary["attention"]), rotate(k, rotary["attention"])
+        q, k, v = self.project(pack(hidden_states_BTD, documents), rotary["attention"])
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         lengths = None if documents is None else documents.lengths
         o = attend(q, k, v, mask, self.head_dim**-0.5, lengths)
         return unpack(self.o_proj(o.transpose(1, 2).flatten(2)), documents)
+
+    def project(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B,H,T,d), keys and values (B,K,T,d) as they enter the softmax."""
+        heads = (*x_BTD.shape[:2], -1, self.head_dim)
+        q = self.q_norm(self.q_proj(x_BTD).view(heads)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x_BTD).view(heads)).transpose(1, 2)
+        v = self.v_proj(x_BTD).view(heads).transpose(1, 2)
+        return rotate(q, rotary), rotate(k, rotary), v

@@ -16,6 +16,8 @@ CACHE_KIND = {
     "gated_deltanet": "linear_attention",
     "mamba2": "linear_attention",
 }
+KNorm = Literal["exact", "folded"]  # of MLA on Qwen3: the norm as it is, or its mean multiplied into the weights
+RELEASED = "hybrid_config.json"  # holds a released checkpoint's figures; its config.json is the base's
 CODE = "modeling_hylo"  # the file that transformers takes the classes from, in a directory that it does not know
 AUTO_MAP = {
     "AutoConfig": f"{CODE}.HyloConfig",
@@ -66,7 +68,7 @@ class HyloConfig(PreTrainedConfig):
     qk_nope_head_dim: int = 32
     qk_rope_head_dim: int = 32
     v_head_dim: int = 64
-    mla_k_norm: Literal["exact", "folded"] = "exact"
+    mla_k_norm: KNorm = "exact"
     mla_rope_parameters: dict[str, Any] = None  # type: ignore[assignment]
     mla_inv_freq: list[list[float] | None] | None = None
     kv_lora_ranks: list[int] | None = None

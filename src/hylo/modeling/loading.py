@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from hylo.checkpoint import Weights, names
+from hylo.checkpoint import Weights, names, refuse_released
 from hylo.errors import HyloError
 from hylo.files import read_json
 
@@ -53,8 +53,7 @@ def read_configuration(directory: Path) -> dict[str, Any]:
     """
     if not directory.is_dir():
         raise HyloError(f"model directory {directory} does not exist; check the path")
-    if (directory / "hybrid_config.json").is_file():  # config.json is the base's there
-        raise HyloError(f"model {directory} is a released checkpoint; run `hylo import {directory} OUT` and load OUT")
+    refuse_released(directory)
     config = read_json(directory / "config.json", "configuration")
     if (model_type := config.get("model_type")) not in MODEL_TYPES:
         raise HyloError(f"model {directory} is of model_type {model_type}; loaded are {', '.join(MODEL_TYPES)}")

@@ -18,7 +18,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from hylo.modeling.attention import Attention, RMSNorm
 from hylo.modeling.cache import LinearCache, new_cache
-from hylo.modeling.configuration import CACHE_KIND, HyloConfig
+from hylo.modeling.configuration import CACHE_KIND, RELEASED, HyloConfig
 from hylo.modeling.documents import Documents, find_documents, pack
 from hylo.modeling.gated_deltanet import GatedDeltaNet
 from hylo.modeling.mamba2 import GroupedRMSNorm, Mamba2
@@ -85,7 +85,7 @@ class HyloPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
         """transformers' own. Raises ValueError for a released checkpoint, whose config.json is its base's."""
         directory = pretrained_model_name_or_path
-        if directory is not None and (Path(directory) / "hybrid_config.json").is_file():
+        if directory is not None and (Path(directory) / RELEASED).is_file():
             raise ValueError(f"{directory} is a released checkpoint; run: hylo import {directory} OUT, and load OUT")
         return super().from_pretrained(directory, *args, **kwargs)
 
@@ -110,7 +110,7 @@ class HyloPreTrainedModel(PreTrainedModel):
             A = torch.empty_like(module.A_log).uniform_(1e-3 if isinstance(module, GatedDeltaNet) else 1.0, 16)
             init.copy_(module.A_log, A.log())
             dt = torch.empty_like(module.dt_bias).uniform_(math.log(1e-3), math.log(0.1)).exp()
-            init.copy_(module.dt_bias, dt + torch.log(-torch.expm1(-dt)))
+            init.copy_(module.dt_bias, inverse_softplus(dt))
             if isinstance(module, Mamba2):
                 init.ones_(module.D)
 
@@ -276,6 +276,10 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
         cache = model_kwargs.get("past_key_values")
         if cache is not given and type(cache) is DynamicCache and "full_attention" not in self.config.layer_types:
             model_kwargs["past_key_values"] = new_cache(self.config)
+
+
+def inverse_softplus(x: Tensor) -> Tensor:
+    return x + torch.log(-torch.expm1(-x))
 
 
 def _positions(hidden_states_BTD: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:
