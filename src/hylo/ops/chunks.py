@@ -1,10 +1,30 @@
-"""Cuts sequences into chunks of equal length: what the chunked recurrences compute at once, and in which order."""
+"""Cuts sequences into chunks of equal length, and chunks into segments: what the chunked recurrences work off at once.
 
+Everything inside a segment is computed for all its chunks together, in buffers that the next segment uses again; only
+states go from one to the next. So neither memory nor time per token grows with the length.
+"""
+
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+SEGMENT_BYTES = {"cpu": 4 << 20}  # of a segment's buffers: what a core's cache holds beside a state
+SEGMENT_BYTES_ELSEWHERE = 512 << 20
+LEAST_DECAY = -1000.0  # whose exponential is zero in every type
+
+
+class Segment(NamedTuple):
+    """The chunks of a few consecutive steps."""
+
+    first_step: int
+    steps: list[int]
+    start: int  # its first chunk
+    stop: int  # the one after its last
+    slots: Tensor | None = None  # packed rows: which of its (stop - start) * C slots hold tokens,
+    tokens: Tensor | None = None  # and which tokens
 
 
 class Chunks(NamedTuple):
@@ -17,31 +37,65 @@ class Chunks(NamedTuple):
     length: int  # C
     steps: list[int]  # adds up to S
     shape: tuple[int, int]  # (B,T) of the tokens
-    slots_T: Tensor | None = None  # where packed tokens go among the S*C
+    slots_T: Tensor | None = None  # packed rows: where each token goes among the S*C,
+    bounds: list[int] | None = None  # how many tokens stand before each chunk, and their order by slot
+    tokens_T: Tensor | None = None
     order_N: Tensor | None = None  # the sequences, longest first
     rank_N: Tensor | None = None  # and each one's place in that order
 
-    def split(self, x_BTH: Tensor) -> Tensor:
-        """(B,T,H,...) -> (S,H,C,...)."""
-        C = self.length
-        if self.slots_T is None:
-            N = len(self.steps)
-            x_BTH = F.pad(x_BTH, (*(0, 0) * (x_BTH.ndim - 2), 0, N * C - x_BTH.shape[1]))
-            return x_BTH.unflatten(1, (N, C)).transpose(0, 1).transpose(2, 3).flatten(0, 1)
-        x = x_BTH.new_zeros(sum(self.steps) * C, *x_BTH.shape[2:]).index_copy(0, self.slots_T, x_BTH.flatten(0, 1))
-        return x.unflatten(0, (sum(self.steps), C)).transpose(1, 2)
+    def segments(self, chunk_bytes: int, device: torch.device) -> Iterator[Segment]:
+        """As many steps at a time as fit the device's share, of chunks whose buffers take `chunk_bytes`."""
+        limit = max(1, SEGMENT_BYTES.get(device.type, SEGMENT_BYTES_ELSEWHERE) // chunk_bytes)
+        first, start = 0, 0
+        while first < len(self.steps):
+            last, stop = first + 1, start + self.steps[first]
+            while last < len(self.steps) and stop + self.steps[last] - start <= limit:
+                stop += self.steps[last]
+                last += 1
+            yield self._segment(first, self.steps[first:last], start, stop)
+            first, start = last, stop
 
-    def join(self, x_SHC: Tensor) -> Tensor:
-        """(S,H,C,...) -> (B,T,H,...)."""
-        B, T = self.shape
-        if self.slots_T is None:
-            x = x_SHC.unflatten(0, (len(self.steps), B)).transpose(0, 1).transpose(2, 3)
-            return x.flatten(1, 2)[:, :T]
-        return x_SHC.transpose(1, 2).flatten(0, 1).index_select(0, self.slots_T).unflatten(0, (B, T))
+    def _segment(self, first: int, steps: list[int], start: int, stop: int) -> Segment:
+        if self.slots_T is None or self.tokens_T is None or self.bounds is None:
+            return Segment(first, steps, start, stop)
+        tokens = self.tokens_T[self.bounds[start] : self.bounds[stop]]
+        return Segment(first, steps, start, stop, self.slots_T[tokens] - start * self.length, tokens)
+
+    def gather(self, x_BTH: Tensor, segment: Segment, dtype: torch.dtype) -> Tensor:
+        """A segment's tokens of (B,T,H,...) as (chunks,H,C,...), a copy in `dtype`, zero where there is no token."""
+        C, count = self.length, segment.stop - segment.start
+        if segment.slots is None:
+            N, start = len(segment.steps), segment.first_step * C
+            x = x_BTH[:, start : start + N * C]
+            if (missing := N * C - x.shape[1]) > 0:
+                x = F.pad(x, (*(0, 0) * (x.ndim - 2), 0, missing))
+            x = x.unflatten(1, (N, C)).transpose(0, 1).transpose(2, 3)
+            return torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x).flatten(0, 1)
+        assert segment.tokens is not None
+        x = x_BTH.new_zeros(count * C, *x_BTH.shape[2:], dtype=dtype)
+        x.index_copy_(0, segment.slots, x_BTH[0].index_select(0, segment.tokens).to(dtype))
+        return x.unflatten(0, (count, C)).transpose(1, 2).contiguous()
+
+    def scatter(self, x_SHC: Tensor, segment: Segment, out_BTH: Tensor) -> None:
+        """The reverse: writes a segment's (chunks,H,C,...) to its tokens of `out` (B,T,H,...)."""
+        C = self.length
+        if segment.slots is None:
+            N, start = len(segment.steps), segment.first_step * C
+            out = out_BTH[:, start : start + N * C]
+            x = x_SHC.unflatten(0, (N, -1))  # (N,B,H,C,...)
+            whole = out.shape[1] // C
+            out[:, : whole * C].unflatten(1, (whole, C)).copy_(x[:whole].transpose(0, 1).transpose(2, 3))
+            if whole < N:
+                rest = out.shape[1] - whole * C
+                out[:, whole * C :].copy_(x[whole, :, :, :rest].transpose(1, 2))
+            return
+        assert segment.tokens is not None
+        x = x_SHC.transpose(1, 2).flatten(0, 1).index_select(0, segment.slots)
+        out_BTH[0].index_copy_(0, segment.tokens, x.to(out_BTH.dtype))
 
     def ordered(self, state: Tensor) -> Tensor:
-        """A tensor whose first dimension is the sequence, longest sequence first."""
-        return state if self.order_N is None else state.index_select(0, self.order_N)
+        """A copy of a tensor whose first dimension is the sequence, longest sequence first."""
+        return state.clone() if self.order_N is None else state.index_select(0, self.order_N)
 
     def restored(self, state: Tensor) -> Tensor:
         """The reverse of `ordered`."""
@@ -52,13 +106,11 @@ def make_chunks(tokens: Tensor, cu_seqlens: Tensor | None, longest: int) -> Chun
     """Chunks of at most `longest` tokens for `tokens` (B,T,...): rows, or documents packed in one row.
 
     cu_seqlens (N+1): the documents' bounds, from 0 to T; their values steer Python, so they are best on the CPU.
-    Raises ValueError if they do not fit the tokens.
     """
     B, T = tokens.shape[:2]
     if cu_seqlens is None:
         C = max(1, min(longest, T))
         return Chunks(C, [B] * -(-T // C), (B, T))
-    check_packed(tokens, cu_seqlens)
     bounds = cu_seqlens.to("cpu", torch.long)
     lengths, N = bounds.diff(), len(bounds) - 1
     C = max(1, min(longest, int(lengths.max())))
@@ -69,12 +121,76 @@ def make_chunks(tokens: Tensor, cu_seqlens: Tensor | None, longest: int) -> Chun
     sequence_T = torch.arange(N, device="cpu").repeat_interleave(lengths)
     position_T = torch.arange(T, device="cpu") - bounds[sequence_T]
     chunk_T = (steps.cumsum(0) - steps)[position_T // C] + rank[sequence_T]
-    slots, order, rank = (t.to(tokens.device) for t in (chunk_T * C + position_T % C, order, rank))
-    return Chunks(C, steps.tolist(), (B, T), slots, order, rank)
+    before = F.pad(chunk_T.bincount(minlength=int(steps.sum())).cumsum(0), (1, 0)).tolist()
+    slots = chunk_T * C + position_T % C
+    slots, tokens_T, order, rank = (t.to(tokens.device) for t in (slots, slots.argsort(), order, rank))
+    return Chunks(C, steps.tolist(), (B, T), slots, before, tokens_T, order, rank)
 
 
 def check_packed(tokens: Tensor, cu_seqlens: Tensor) -> None:
+    """Raises ValueError for documents' bounds that do not fit `tokens` (B,T,...)."""
     if tokens.shape[0] != 1:
         raise ValueError(f"cu_seqlens goes with one packed row; got a batch of {tokens.shape[0]}")
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens.shape[1] or (cu_seqlens.diff() < 0).any():
         raise ValueError(f"cu_seqlens must rise from 0 to {tokens.shape[1]}, the length; got {cu_seqlens.tolist()}")
+
+
+def decays(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From log decays (...,C): exp(G), exp(G_C - G) and the lower triangle of exp(G_i - G_j), G their running sum.
+
+    The sum is in float64, where there is one: after one strong decay, differences of a float32 sum keep few digits.
+    Differences above the diagonal are masked before exp: they are positive, and inf * 0 is NaN.
+    """
+    G = g.to(_wide(g)).clamp(min=LEAST_DECAY).cumsum(-1)
+    C = g.shape[-1]
+    later = torch.ones(C, C, dtype=torch.bool, device=g.device).triu(1)
+    between = (G[..., :, None] - G[..., None, :]).to(g.dtype).masked_fill_(later, float("-inf")).exp_()
+    return G.to(g.dtype).exp(), (G[..., -1:] - G).to(g.dtype).exp(), between
+
+
+def decay_gradient(from_start: Tensor, to_end: Tensor, between: Tensor, whole: Tensor) -> Tensor:
+    """The gradient of g (...,C) from those of the decays, each times its decay.
+
+    from_start, to_end (...,C); between (...,C,C); whole (...): of exp(G_C) that the state decays by. Most of the terms
+    cancel in the sums below, exactly so in float64; a rest left by rounding would be multiplied by a strong decay's g.
+    """
+    wide = _wide(between)
+    to_end = to_end.to(wide)
+    dG = from_start + between.sum(-1, dtype=wide) - between.sum(-2, dtype=wide) - to_end
+    dG[..., -1] += to_end.sum(-1) + whole
+    return dG.flip(-1).cumsum(-1).flip(-1).to(between.dtype)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return x.dtype if x.device.type == "mps" else torch.float64
+
+
+class StateScan:
+    """The states of a recurrence over chunks: `before()` a step, then `after(decay)` it, which the step's writes go to.
+
+    `last` (M,...), the first states of all sequences and heads, longest sequence first, becomes the last ones in place;
+    `kept` (sum of steps,...), where a gradient will want them, takes the state before every step without a copy more.
+    """
+
+    def __init__(self, last: Tensor, steps: list[int], kept: Tensor | None) -> None:
+        self.last, self.steps, self.kept, self.step, self.stop = last, steps, kept, 0, 0
+        if kept is not None and steps:
+            kept[: steps[0]] = last[: steps[0]]
+
+    def before(self) -> Tensor:
+        count = self.steps[self.step]
+        if self.kept is None:
+            return self.last[:count]
+        if self.step and count != self.steps[self.step - 1]:
+            self.kept[self.stop : self.stop + count] = self.last[:count]
+        return self.kept[self.stop : self.stop + count]
+
+    def after(self, decay: Tensor) -> Tensor:
+        """The state times its decay, still without what the step writes; the next step's `before` or the last."""
+        state, count = self.before(), self.steps[self.step]
+        self.step, self.stop = self.step + 1, self.stop + count
+        if self.kept is None:
+            return state.mul_(decay)
+        goes_on = self.step < len(self.steps) and self.steps[self.step] == count
+        target = self.kept[self.stop : self.stop + count] if goes_on else self.last[:count]
+        return torch.mul(state, decay, out=target)

@@ -2,15 +2,24 @@
 
     S_t = exp(g_t) S_(t-1),   S_t <- S_t + k_t (beta_t (v_t - S_t^T k_t))^T,   o_t = scale S_t^T q_t
 
-`gated_delta_rule` runs chunk by chunk (the WY form of arXiv 2406.06484, section 3.2, with decay): everything inside the
-chunks is done for all chunks at once, and only the state goes from one to the next in a loop. Linear in T. Packed
-documents are cut into chunks each by itself, and every step of the loop takes all documents that have another chunk.
+`gated_delta_rule` runs chunk by chunk (arXiv 2406.06484, section 3.2, with decay): with S the state before a chunk, G its
+running log decay, D_ij = exp(G_i - G_j) for i >= j, and A = tril(beta (K K^T) D, -1), the writes U and outputs O are
+
+    R = beta (V - exp(G) K S),   U = (I + A)^-1 R,   O = exp(G) Q S + (Q K^T D) U,   S <- exp(G_C) S + (exp(G_C - G) K)^T U
+
+Its gradient is written out below, since autograd would keep every product of every chunk: kept are U, the inverses and
+the states. Packed documents are cut into chunks each by itself, and a step takes all documents that have another chunk.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from hylo.ops.chunks import Chunks, make_chunks
+from hylo.ops.checks import check_multiple, check_sequences, check_tensors
+from hylo.ops.chunks import Chunks, Segment, StateScan, decay_gradient, decays, make_chunks
+from hylo.ops.kernels import fla_kernel
 
 CHUNK = 64
 
@@ -32,19 +41,46 @@ def gated_delta_rule(
     scale: K**-0.5 if None. cu_seqlens (N+1): B = 1 row packs N documents with these bounds, each with a state of its
     own (0 <= ... <= T, on the CPU if it can be; empty documents keep their state); None: N = B rows.
     Returns o (B,T,Hv,V) in v's type and the last states or None.
-    The core runs in float32, or in float64 where v is float64. Raises ValueError for bounds that do not fit.
+    The core runs in float32, or in float64 where v is float64. Raises ValueError for tensors or bounds that do not fit.
     """
+    sizes = check_tensors(
+        "gated_delta_rule",
+        q=(q, "B T Hk K"),
+        k=(k, "B T Hk K"),
+        v=(v, "B T Hv V"),
+        g=(g, "B T Hv"),
+        beta=(beta, "B T Hv"),
+        initial_state=(initial_state, "N Hv K V"),
+    )
+    check_multiple("gated_delta_rule", sizes, "Hv", "Hk")
+    sequences = check_sequences("gated_delta_rule", v, initial_state, cu_seqlens)
+    scale = k.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(v.device.type, enabled=False):
-        q_, k_, v_, g_, beta_ = _prepare(q, k, v, g, beta, scale, use_qk_l2norm)
+        decoding = v.shape[1] == 1 and cu_seqlens is None
+        recurrent = decoding and not torch.is_grad_enabled()  # flash-linear-attention's has no gradient
+        if kernel := fla_kernel("fused_recurrent_gated_delta_rule" if recurrent else "chunk_gated_delta_rule", v):
+            return kernel(
+                q=q.to(v.dtype),
+                k=k.to(v.dtype),
+                v=v,
+                g=g.float(),
+                beta=beta.float(),
+                scale=scale,
+                initial_state=None if initial_state is None else initial_state.float(),
+                output_final_state=output_final_state,
+                use_qk_l2norm_in_kernel=use_qk_l2norm,
+                cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(v.device, torch.long),
+            )
+        core = torch.float64 if v.dtype == torch.float64 else torch.float32
         if initial_state is None:
-            sequences = len(v) if cu_seqlens is None else len(cu_seqlens) - 1
-            initial_state = v_.new_zeros(sequences, v.shape[2], k.shape[3], v.shape[3])
-        initial_state = initial_state.to(v_.dtype)
-        if v.shape[1] == 1 and cu_seqlens is None:
-            o, state = _step(q_, k_, v_, g_, beta_, initial_state)
+            initial_state = torch.zeros(sequences, v.shape[2], k.shape[3], v.shape[3], dtype=core, device=v.device)
+        initial_state = initial_state.to(core)
+        if decoding:
+            o, state = _step(q, k, v, g, beta, initial_state, scale, use_qk_l2norm)
         else:
-            o, state = _chunked(q_, k_, v_, g_, beta_, initial_state, make_chunks(v, cu_seqlens, CHUNK))
-    return o.to(v.dtype), state if output_final_state else None
+            chunks = make_chunks(v, cu_seqlens, CHUNK)
+            o, state = _Chunked.apply(q, k, v, g, beta, initial_state, scale, use_qk_l2norm, chunks)
+    return o, state if output_final_state else None
 
 
 def naive_gated_delta_rule(
@@ -60,6 +96,7 @@ def naive_gated_delta_rule(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The same, token by token as the equations have it."""
+    scale = k.shape[-1] ** -0.5 if scale is None else scale
     q_, k_, v_, g_, beta_ = _prepare(q, k, v, g, beta, scale, use_qk_l2norm)
     bounds = [0, v.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
     if initial_state is None:
@@ -81,108 +118,229 @@ def l2norm(x: Tensor) -> Tensor:
 
 
 def _prepare(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float | None, use_qk_l2norm: bool
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, use_qk_l2norm: bool
 ) -> tuple[Tensor, ...]:
     """Core type, scaled queries, as many q/k heads as value heads."""
     core = torch.float64 if v.dtype == torch.float64 else torch.float32
     q, k, v, g, beta = (t.to(core) for t in (q, k, v, g, beta))
     if use_qk_l2norm:
         q, k = l2norm(q), l2norm(k)
-    q = q * (k.shape[-1] ** -0.5 if scale is None else scale)
+    q = q * scale
     if (repeats := v.shape[2] // k.shape[2]) > 1:
         q, k = q.repeat_interleave(repeats, 2), k.repeat_interleave(repeats, 2)
     return q, k, v, g, beta
 
 
-def _step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One token: (B,1,H,K), (B,1,H,V), (B,1,H) and the state (B,H,K,V)."""
-    q, k, v, g, beta = (t.transpose(1, 2) for t in (q, k, v, g, beta))
-    state = state * g.exp()[..., None]
-    write = beta[..., None] * (v - k @ state)
-    state = state + k.transpose(-1, -2) * write
-    return (q @ state).transpose(1, 2), state
-
-
-def _chunked(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, chunks: Chunks
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, scale: float, use_qk_l2norm: bool
 ) -> tuple[Tensor, Tensor]:
-    """All of (B,T,H,.); below, the chunks and heads are M = S*H matrices of C rows.
+    """One token: (B,1,H,.) and the state (B,H,K,V), which is read twice and written twice, whatever is asked of it."""
+    kq = torch.cat((k, q), dim=1).to(state.dtype)
+    if use_qk_l2norm:
+        kq = l2norm(kq)
+    if (repeats := v.shape[2] // k.shape[2]) > 1:
+        kq = kq.repeat_interleave(repeats, 2)
+    kq = kq.transpose(1, 2)  # (B,H,2,K)
+    decay = g.to(state.dtype).exp().transpose(1, 2)[..., None]
+    k, q = kq.split(1, dim=2)
+    read_k, read_q = ((kq @ state) * decay).split(1, dim=2)
+    write = beta.to(state.dtype).transpose(1, 2)[..., None] * (v.to(state.dtype).transpose(1, 2) - read_k)
+    o = torch.addcmul(read_q, k @ q.transpose(2, 3), write) * scale
+    return o.transpose(1, 2).to(v.dtype), (state * decay).addcmul_(k.transpose(2, 3), write)
 
-    Within a chunk, with G the cumulative log decay and S the state before it, the writes U solve the unit lower
-    triangular system (I + tril(beta K K^T exp(G_i - G_j), -1)) U = beta (V - exp(G) K S).
-    """
-    C, H = chunks.length, v.shape[2]
-    q, k, v = (chunks.split(t).flatten(0, 1) for t in (q, k, v))
-    beta, G = chunks.split(beta).reshape(-1, 1, C), chunks.split(g).reshape(-1, 1, C).cumsum(-1)
 
-    later = torch.ones(C, C, dtype=torch.bool, device=k.device).triu(1)
-    # Masked before exp: the differences above the diagonal are positive, and inf * 0 is NaN in backward.
-    decay = (G.transpose(1, 2) - G).masked_fill(later, float("-inf")).exp()
-    kT = k.transpose(1, 2)
-    solve = _UnitLowerInverse.apply(k @ kT * decay * beta.transpose(1, 2)) * beta
-    from_start, to_end = G.exp(), (G[..., -1:] - G).exp().transpose(1, 2)
-    writes, states, last = _StateScan.apply(
-        solve @ v,
-        (solve * from_start) @ k,
-        to_end * k,
-        from_start[..., -1:],
-        chunks.ordered(state).flatten(0, 1),
-        [sequences * H for sequences in chunks.steps],
+class _Inside(NamedTuple):
+    """What a segment's chunks need beside the state; M = chunks * heads matrices of C rows."""
+
+    kq: Tensor  # (M,2C,K) keys above queries, normalised and scaled,
+    inverse_norm: Tensor  # (M,2C,1) and by what
+    v: Tensor  # (M,C,V)
+    beta: Tensor  # (M,C,1)
+    products: Tensor  # (M,2C,C) K K^T above Q K^T
+    between: Tensor  # (M,C,C) D
+    to_end: Tensor  # (M,C,1) exp(G_C - G)
+    reading: Tensor  # (M,2C,1) -beta exp(G) for keys, exp(G) for queries
+    whole: Tensor  # (M,1,1) exp(G_C)
+
+    @property
+    def system(self) -> Tensor:
+        """A, whose upper triangle nobody reads."""
+        return self.products[:, : self.between.shape[1]] * self.between * self.beta
+
+    @property
+    def attention(self) -> Tensor:
+        """Q K^T D."""
+        return self.products[:, self.between.shape[1] :] * self.between
+
+
+class _Chunked(torch.autograd.Function):
+    """(B,T,H,.) and the states (N,H,K,V) to o and the last states, a segment at a time."""
+
+    @staticmethod
+    @torch.compiler.disable
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        state: Tensor,
+        scale: float,
+        use_qk_l2norm: bool,
+        chunks: Chunks,
+    ) -> tuple[Tensor, Tensor]:
+        core, C, H = state.dtype, chunks.length, v.shape[2]
+        K, V = state.shape[2:]
+        M, keeping = sum(chunks.steps) * H, any(ctx.needs_input_grad)
+        last = chunks.ordered(state).flatten(0, 1)
+        kept = [v.new_empty(M, *shape, dtype=core) for shape in ((C, V), (C, C), (K, V))] if keeping else []
+        scan = StateScan(last, [n * H for n in chunks.steps], kept[2] if keeping else None)
+        o = torch.empty_like(v)
+        for segment in chunks.segments(_chunk_bytes(C, H, K, V, core), v.device):
+            inside = _inside(q, k, v, g, beta, scale, use_qk_l2norm, chunks, segment, core)
+            inverse = _unit_lower_inverse(inside.system)
+            read_k, read_q = (inside.kq * inside.reading).split(C, dim=1)
+            writing_k = (inside.kq[:, :C] * inside.to_end).transpose(1, 2)
+            R, here = inside.v * inside.beta, slice(segment.start * H, segment.stop * H)
+            U, o_segment = kept[0][here] if keeping else torch.empty_like(R), torch.empty_like(R)
+            if keeping:
+                kept[1][here] = inverse
+            stop = 0
+            for sequences in segment.steps:
+                start, stop = stop, stop + sequences * H
+                now, S = slice(start, stop), scan.before()
+                torch.bmm(inverse[now], R[now].baddbmm_(read_k[now], S), out=U[now])
+                torch.bmm(read_q[now], S, out=o_segment[now])
+                scan.after(inside.whole[now]).baddbmm_(writing_k[now], U[now])
+            o_segment.baddbmm_(inside.attention, U)
+            chunks.scatter(o_segment.unflatten(0, (-1, H)), segment, o)
+        if keeping:
+            ctx.save_for_backward(q, k, v, g, beta, *kept)
+            ctx.rest = scale, use_qk_l2norm, chunks, last.shape
+        return o, chunks.restored(last.view(-1, H, K, V))
+
+    @staticmethod
+    @once_differentiable
+    @torch.compiler.disable
+    def backward(ctx: Any, grad_o: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, g, beta, writes, inverses, all_states = ctx.saved_tensors
+        scale, use_qk_l2norm, chunks, _ = ctx.rest
+        core, C, H = writes.dtype, chunks.length, v.shape[2]
+        K, V = all_states.shape[1:]
+        gradients = [torch.empty_like(t) for t in (q, k, v, g, beta)]
+        dS_all = chunks.ordered(grad_last).flatten(0, 1)
+        for segment in reversed(list(chunks.segments(_chunk_bytes(C, H, K, V, core), v.device))):
+            here = slice(segment.start * H, segment.stop * H)
+            U, inverse, states = writes[here], inverses[here], all_states[here]
+            inside = _inside(q, k, v, g, beta, scale, use_qk_l2norm, chunks, segment, core)
+            do = chunks.gather(grad_o, segment, core).flatten(0, 1)
+            reading_T = (inside.kq * inside.reading).transpose(1, 2)
+            writing = inside.kq[:, :C] * inside.to_end
+            dU, dR = torch.bmm(inside.attention.transpose(1, 2), do), torch.empty_like(do)
+            d_writing, d_whole = torch.empty_like(writing), torch.empty_like(inside.whole)
+            stop = len(do)
+            for sequences in reversed(segment.steps):
+                start, stop = stop - sequences * H, stop
+                now, dS = slice(start, stop), dS_all[: stop - start]
+                torch.bmm(inverse[now].transpose(1, 2), dU[now].baddbmm_(writing[now], dS), out=dR[now])
+                torch.bmm(U[now], dS.transpose(1, 2), out=d_writing[now])
+                torch.bmm(states[now].flatten(1)[:, None], dS.flatten(1)[..., None], out=d_whole[now])
+                dS.mul_(inside.whole[now]).baddbmm_(reading_T[now, :, :C], dR[now])
+                dS.baddbmm_(reading_T[now, :, C:], do[now])
+                stop = start
+            parts = _inside_gradients(inside, U, states, do, dU, dR, d_writing, d_whole, scale, use_qk_l2norm)
+            for gradient, part in zip(gradients, parts, strict=True):
+                part = part.unflatten(0, (-1, H))
+                if gradient.shape[2] != H:  # heads that share queries and keys
+                    part = part.unflatten(1, (gradient.shape[2], -1)).sum(2)
+                chunks.scatter(part, segment, gradient)
+        return *gradients, chunks.restored(dS_all.view(-1, H, K, V)), None, None, None
+
+
+def _inside(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float,
+    use_qk_l2norm: bool,
+    chunks: Chunks,
+    segment: Segment,
+    core: torch.dtype,
+) -> _Inside:
+    H, repeats = v.shape[2], v.shape[2] // k.shape[2]
+    kq = torch.cat([chunks.gather(t, segment, core) for t in (k, q)], dim=2)
+    if repeats > 1:
+        kq = kq.repeat_interleave(repeats, 1)
+    kq = kq.flatten(0, 1)
+    v, g, beta = (chunks.gather(t, segment, core).flatten(0, 1) for t in (v, g, beta))
+    C = g.shape[1]
+    inverse_norm = (
+        torch.rsqrt((kq * kq).sum(-1, keepdim=True) + 1e-6) if use_qk_l2norm else kq.new_ones(len(kq), 2 * C, 1)
     )
-    o = (q * from_start.transpose(1, 2)) @ states
-    o = torch.baddbmm(o, q @ kT * decay, writes)
-    return chunks.join(o.unflatten(0, (-1, H))), chunks.restored(last.view_as(state))
+    inverse_norm[:, C:] *= scale
+    kq *= inverse_norm
+    from_start, to_end, between = decays(g)
+    beta = beta[..., None]
+    reading = torch.cat((-beta[..., 0] * from_start, from_start), dim=1)[..., None]
+    products = kq @ kq[:, :C].transpose(1, 2)
+    return _Inside(kq, inverse_norm, v, beta, products, between, to_end[..., None], reading, from_start[:, -1:, None])
 
 
-class _UnitLowerInverse(torch.autograd.Function):
-    """(I + tril(A, -1))^-1 of (M,C,C). The gradient takes two products where torch's own would solve again."""
+def _inside_gradients(
+    inside: _Inside,
+    U: Tensor,
+    states: Tensor,
+    do: Tensor,
+    dU: Tensor,
+    dR: Tensor,
+    d_writing: Tensor,
+    d_whole: Tensor,
+    scale: float,
+    use_qk_l2norm: bool,
+) -> tuple[Tensor, ...]:
+    """The gradients of q, k (M,C,K), v (M,C,V), g and beta (M,C), from what the loop over the states left."""
+    kq, beta, between, C = inside.kq, inside.beta, inside.between, inside.beta.shape[1]
+    d_both = torch.cat((dR, do), dim=1)
+    d_read = d_both @ states.transpose(1, 2)  # of reading * kq
+    d_products = d_both @ U.transpose(1, 2)
+    d_system = d_products[:, :C].mul_(between).tril_(-1).neg_()  # before beta, after D
+    d_products[:, C:].mul_(between)
 
-    @staticmethod
-    def forward(ctx, A):  # type: ignore[no-untyped-def]
-        identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
-        inverse = torch.linalg.solve_triangular(A, identity, upper=False, unitriangular=True)
-        ctx.save_for_backward(inverse)
-        return inverse
+    by_beta = (d_system * inside.products[:, :C]).sum(-1)
+    d_system *= beta
+    of_decay = (d_products * inside.products).view(-1, 2, C, C).sum(1)  # D_ij dD_ij
+    read = (d_read * kq).sum(-1)
+    written = (d_writing * kq[:, :C]).sum(-1) * inside.to_end[..., 0]
+    reading = inside.reading[..., 0]
 
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        (inverse,) = ctx.saved_tensors
-        transposed = inverse.transpose(1, 2)
-        return -(transposed @ grad @ transposed).tril_(-1)
+    d_kq = d_read.mul_(inside.reading).baddbmm_(d_products, kq[:, :C])
+    d_keys = d_writing.mul_(inside.to_end).baddbmm_(d_products.transpose(1, 2), kq)
+    d_kq[:, :C] += d_keys
+
+    from_start = (reading * read).view(-1, 2, C).sum(1)
+    dg = decay_gradient(from_start, written, of_decay, (d_whole * inside.whole)[:, 0, 0])
+    d_beta = (dR * inside.v).sum(-1) - reading[:, C:] * read[:, :C] + by_beta
+
+    if use_qk_l2norm:
+        # With x/|x| times a scale: what of the gradient lies along x does not count.
+        scales = kq.new_ones(2 * C, 1)
+        scales[C:] = scale
+        along = (d_kq * kq).sum(-1, keepdim=True) / scales**2
+        d_kq = (d_kq - kq * along) * inside.inverse_norm
+    else:
+        d_kq = d_kq * inside.inverse_norm
+    return d_kq[:, C:], d_kq[:, :C], dR * beta, dg, d_beta
 
 
-class _StateScan(torch.autograd.Function):
-    """The recurrence over chunks, with its gradient as the same recurrence backwards.
+def _unit_lower_inverse(A: Tensor) -> Tensor:
+    """(I + tril(A, -1))^-1 of (M,C,C)."""
+    identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
+    return torch.linalg.solve_triangular(A, identity, upper=False, unitriangular=True)
 
-        U_n = A_n - W_n S_n,   S_(n+1) = d_n S_n + E_n^T U_n
 
-    A (M,C,V), W and E (M,C,K), d (M,1,1), S_0 (heads of all sequences,K,V) -> U (M,C,V), the S_n before each chunk
-    (M,K,V), the last states. Step n takes the next steps[n] of the M, and that many states from the front.
-    """
-
-    @staticmethod
-    def forward(ctx, A, W, E, d, S, steps):  # type: ignore[no-untyped-def]
-        U, states, S = torch.empty_like(A), A.new_empty(len(A), *S.shape[1:]), S.clone()
-        for A_n, W_n, E_n, d_n, U_n, S_n in zip(*(t.split(steps) for t in (A, W, E, d, U, states)), strict=True):
-            after = S[: len(A_n)]
-            S_n.copy_(after)
-            torch.baddbmm(A_n, W_n, S_n, alpha=-1, out=U_n)
-            after.mul_(d_n).baddbmm_(E_n.transpose(1, 2), U_n)
-        ctx.save_for_backward(W, E, d, U, states)
-        ctx.steps = steps
-        return U, states, S
-
-    @staticmethod
-    def backward(ctx, dU, dstates, dS):  # type: ignore[no-untyped-def]
-        W, E, d, U, states = ctx.saved_tensors
-        dA, after, dS = torch.empty_like(U), torch.empty_like(states), dS.clone()  # `after`: the gradient of S_(n+1)
-        parts = zip(*(t.split(ctx.steps) for t in (dU, dstates, W, E, d, dA, after)), strict=True)
-        for dU_n, dstates_n, W_n, E_n, d_n, dA_n, after_n in reversed(list(parts)):
-            before = dS[: len(dA_n)]
-            after_n.copy_(before)
-            torch.baddbmm(dU_n, E_n, after_n, out=dA_n)
-            before.mul_(d_n).add_(dstates_n).baddbmm_(W_n.transpose(1, 2), dA_n, alpha=-1)
-        dW = -(dA @ states.transpose(-1, -2))
-        dE = U @ after.transpose(-1, -2)
-        dd = (states * after).sum((-1, -2), keepdim=True)
-        return dA, dW, dE, dd, dS, None
+def _chunk_bytes(C: int, H: int, K: int, V: int, core: torch.dtype) -> int:
+    """Of the buffers that one chunk takes in a segment."""
+    return H * C * (6 * K + 4 * V + 6 * C) * core.itemsize
