@@ -9,8 +9,8 @@ from hylo.ops.chunks import check_packed
 def check_tensors(operation: str, **arguments: tuple[Tensor | None, str]) -> dict[str, int]:
     """Checks tensors against shapes written as `q=(q, "B T Hk K")` and returns the size of each letter.
 
-    The first argument with a letter decides its size; numbers stand for themselves, None is skipped. All tensors must be
-    floating point and on the first one's device. Raises ValueError in one line that names argument, got and expected.
+    The first argument with a letter decides its size; numbers stand for themselves, None is skipped. All tensors must
+    be floating point and on the first one's device. Raises ValueError that names argument, got and expected in a line.
     """
     sizes: dict[str, int] = {}
     device: torch.device | None = None

@@ -2,10 +2,11 @@
 
     S_t = exp(g_t) S_(t-1),   S_t <- S_t + k_t (beta_t (v_t - S_t^T k_t))^T,   o_t = scale S_t^T q_t
 
-`gated_delta_rule` runs chunk by chunk (arXiv 2406.06484, section 3.2, with decay): with S the state before a chunk, G its
-running log decay, D_ij = exp(G_i - G_j) for i >= j, and A = tril(beta (K K^T) D, -1), the writes U and outputs O are
+`gated_delta_rule` runs chunk by chunk (arXiv 2406.06484, section 3.2, with decay): with S the state before a chunk, G
+its running log decay, D_ij = exp(G_i - G_j) for i >= j, and A = tril(beta (K K^T) D, -1), a chunk's writes U, outputs O
+and the state after it are
 
-    R = beta (V - exp(G) K S),   U = (I + A)^-1 R,   O = exp(G) Q S + (Q K^T D) U,   S <- exp(G_C) S + (exp(G_C - G) K)^T U
+    U = (I + A)^-1 beta (V - exp(G) K S),   O = exp(G) Q S + (Q K^T D) U,   exp(G_C) S + (exp(G_C - G) K)^T U
 
 Its gradient is written out below, since autograd would keep every product of every chunk: kept are U, the inverses and
 the states. Packed documents are cut into chunks each by itself, and a step takes all documents that have another chunk.
@@ -79,7 +80,7 @@ def gated_delta_rule(
             o, state = _step(q, k, v, g, beta, initial_state, scale, use_qk_l2norm)
         else:
             chunks = make_chunks(v, cu_seqlens, CHUNK)
-            o, state = _Chunked.apply(q, k, v, g, beta, initial_state, scale, use_qk_l2norm, chunks)
+            o, state = _chunked(q, k, v, g, beta, initial_state, scale, use_qk_l2norm, chunks)
     return o, state if output_final_state else None
 
 
@@ -149,6 +150,12 @@ def _step(
     return o.transpose(1, 2).to(v.dtype), (state * decay).addcmul_(k.transpose(2, 3), write)
 
 
+@torch.compiler.disable
+def _chunked(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Loops whose lengths depend on the sequence are left to run as they are."""
+    return _Chunked.apply(*arguments)
+
+
 class _Inside(NamedTuple):
     """What a segment's chunks need beside the state; M = chunks * heads matrices of C rows."""
 
@@ -177,7 +184,6 @@ class _Chunked(torch.autograd.Function):
     """(B,T,H,.) and the states (N,H,K,V) to o and the last states, a segment at a time."""
 
     @staticmethod
-    @torch.compiler.disable
     def forward(
         ctx: Any,
         q: Tensor,
@@ -222,7 +228,6 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @torch.compiler.disable
     def backward(ctx: Any, grad_o: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, g, beta, writes, inverses, all_states = ctx.saved_tensors
         scale, use_qk_l2norm, chunks, _ = ctx.rest
@@ -270,16 +275,16 @@ def _inside(
     segment: Segment,
     core: torch.dtype,
 ) -> _Inside:
-    H, repeats = v.shape[2], v.shape[2] // k.shape[2]
+    repeats = v.shape[2] // k.shape[2]
     kq = torch.cat([chunks.gather(t, segment, core) for t in (k, q)], dim=2)
     if repeats > 1:
         kq = kq.repeat_interleave(repeats, 1)
     kq = kq.flatten(0, 1)
     v, g, beta = (chunks.gather(t, segment, core).flatten(0, 1) for t in (v, g, beta))
     C = g.shape[1]
-    inverse_norm = (
-        torch.rsqrt((kq * kq).sum(-1, keepdim=True) + 1e-6) if use_qk_l2norm else kq.new_ones(len(kq), 2 * C, 1)
-    )
+    inverse_norm = kq.new_ones(len(kq), 2 * C, 1)
+    if use_qk_l2norm:
+        inverse_norm = torch.rsqrt((kq * kq).sum(-1, keepdim=True) + 1e-6)
     inverse_norm[:, C:] *= scale
     kq *= inverse_norm
     from_start, to_end, between = decays(g)

@@ -72,7 +72,7 @@ def ssd(
             y, state = _step(x, dt, g, B, C, D, initial_state)
         else:
             chunks = make_chunks(x, cu_seqlens, CHUNK)
-            y, state = _Chunked.apply(x, dt, g, B, C, D, initial_state, chunks)
+            y, state = _chunked(x, dt, g, B, C, D, initial_state, chunks)
     return y, state if output_final_state else None
 
 
@@ -161,6 +161,12 @@ def _through_fla(
     return (y if D is None else y + (D[:, None] * x).to(y.dtype)), state
 
 
+@torch.compiler.disable
+def _chunked(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Loops whose lengths depend on the sequence are left to run as they are."""
+    return _Chunked.apply(*arguments)
+
+
 class _Inside(NamedTuple):
     """What a segment's chunks need beside the state: s chunks of L tokens, G groups of R heads."""
 
@@ -201,7 +207,6 @@ class _Chunked(torch.autograd.Function):
     """(B,T,.,.) and the states (sequences,H,P,N) to y and the last states, a segment at a time."""
 
     @staticmethod
-    @torch.compiler.disable
     def forward(
         ctx: Any,
         x: Tensor,
@@ -241,7 +246,6 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @torch.compiler.disable
     def backward(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
         x, dt, g, B, C, D, kept = ctx.saved_tensors
         chunks: Chunks = ctx.chunks
