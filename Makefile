@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 OTHER_TRANSFORMERS := 5.16.0 5.19.0
 export TOKENIZERS_PARALLELISM := false
 
+# Whose references and signatures the recurrences are held to; its one-token kernel runs under Triton's interpreter.
+FLA := flash-linear-attention==0.6.0 fla-core==0.6.0 einops==0.8.2
+
 .PHONY: demo test lint types unit compatibility clean
 
 demo: $(VENV)/.installed
@@ -23,7 +26,10 @@ types: $(VENV)/.installed
 unit: $(VENV)/.installed
 	$(BIN)/pytest
 
-compatibility: $(OTHER_TRANSFORMERS:%=compatibility-%)
+compatibility: $(OTHER_TRANSFORMERS:%=compatibility-%) compatibility-fla
+
+compatibility-fla: $(VENV)/.fla
+	PYTHONPATH=$(VENV)/fla TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/parity/test_fla_parity.py
 
 compatibility-%: $(VENV)/.transformers-%
 	PYTHONPATH=$(VENV)/transformers-$* $(BIN)/python -m pytest tests/modeling tests/parity
@@ -36,6 +42,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # Another transformers in a folder of its own, with the hub client and tokenizers that it asks for.
 $(VENV)/.transformers-%: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --target $(VENV)/transformers-$* transformers==$*
+	touch $@
+
+# In a folder of its own: with it installed, transformers' torch functions would call it, on a CPU too.
+$(VENV)/.fla: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/fla $(FLA)
 	touch $@
 
 clean:

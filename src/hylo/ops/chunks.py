@@ -5,7 +5,7 @@ states go from one to the next. So neither memory nor time per token grows with 
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -125,6 +125,16 @@ def make_chunks(tokens: Tensor, cu_seqlens: Tensor | None, longest: int) -> Chun
     slots = chunk_T * C + position_T % C
     slots, tokens_T, order, rank = (t.to(tokens.device) for t in (slots, slots.argsort(), order, rank))
     return Chunks(C, steps.tolist(), (B, T), slots, before, tokens_T, order, rank)
+
+
+def kept_chunks(tokens: Tensor, cu_seqlens: Tensor | None, longest: int, keeping: bool) -> tuple[Any, Any]:
+    """How many chunks `make_chunks` makes, and of what length, where only shapes are known (torch.compile)."""
+    B, T = tokens.shape[:2]
+    if cu_seqlens is not None:
+        context = torch.library.get_ctx()
+        return context.new_dynamic_size() if keeping else 0, context.new_dynamic_size()
+    C = max(1, min(longest, T))
+    return B * -(-T // C) if keeping else 0, C
 
 
 def check_packed(tokens: Tensor, cu_seqlens: Tensor) -> None:

@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hylo.ops.checks import check_multiple, check_sequences, check_tensors
-from hylo.ops.chunks import Chunks, Segment, StateScan, decay_gradient, decays, make_chunks
+from hylo.ops.chunks import Chunks, Segment, StateScan, decay_gradient, decays, kept_chunks, make_chunks
 from hylo.ops.kernels import fla_kernel
 
 CHUNK = 64
@@ -79,8 +78,9 @@ def gated_delta_rule(
         if decoding:
             o, state = _step(q, k, v, g, beta, initial_state, scale, use_qk_l2norm)
         else:
-            chunks = make_chunks(v, cu_seqlens, CHUNK)
-            o, state = _chunked(q, k, v, g, beta, initial_state, scale, use_qk_l2norm, chunks)
+            tensors = (q, k, v, g, beta, initial_state)
+            keeping = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+            o, state, *_ = _chunked(*tensors, scale, use_qk_l2norm, cu_seqlens, keeping)
     return o, state if output_final_state else None
 
 
@@ -150,12 +150,6 @@ def _step(
     return o.transpose(1, 2).to(v.dtype), (state * decay).addcmul_(k.transpose(2, 3), write)
 
 
-@torch.compiler.disable
-def _chunked(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Loops whose lengths depend on the sequence are left to run as they are."""
-    return _Chunked.apply(*arguments)
-
-
 class _Inside(NamedTuple):
     """What a segment's chunks need beside the state; M = chunks * heads matrices of C rows."""
 
@@ -180,87 +174,161 @@ class _Inside(NamedTuple):
         return self.products[:, self.between.shape[1] :] * self.between
 
 
-class _Chunked(torch.autograd.Function):
-    """(B,T,H,.) and the states (N,H,K,V) to o and the last states, a segment at a time."""
+@torch.library.custom_op("hylo::gated_delta_rule", mutates_args=())
+def _chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    scale: float,
+    use_qk_l2norm: bool,
+    cu_seqlens: Tensor | None,
+    keeping: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o and the last states, and for the gradient, where it is wanted, U, the inverses and the states before chunks.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        state: Tensor,
-        scale: float,
-        use_qk_l2norm: bool,
-        chunks: Chunks,
-    ) -> tuple[Tensor, Tensor]:
-        core, C, H = state.dtype, chunks.length, v.shape[2]
-        K, V = state.shape[2:]
-        M, keeping = sum(chunks.steps) * H, any(ctx.needs_input_grad)
-        last = chunks.ordered(state).flatten(0, 1)
-        kept = [v.new_empty(M, *shape, dtype=core) for shape in ((C, V), (C, C), (K, V))] if keeping else []
-        scan = StateScan(last, [n * H for n in chunks.steps], kept[2] if keeping else None)
-        o = torch.empty_like(v)
-        for segment in chunks.segments(_chunk_bytes(C, H, K, V, core), v.device):
-            inside = _inside(q, k, v, g, beta, scale, use_qk_l2norm, chunks, segment, core)
-            inverse = _unit_lower_inverse(inside.system)
-            read_k, read_q = (inside.kq * inside.reading).split(C, dim=1)
-            writing_k = (inside.kq[:, :C] * inside.to_end).transpose(1, 2)
-            R, here = inside.v * inside.beta, slice(segment.start * H, segment.stop * H)
-            U, o_segment = kept[0][here] if keeping else torch.empty_like(R), torch.empty_like(R)
-            if keeping:
-                kept[1][here] = inverse
-            stop = 0
-            for sequences in segment.steps:
-                start, stop = stop, stop + sequences * H
-                now, S = slice(start, stop), scan.before()
-                torch.bmm(inverse[now], R[now].baddbmm_(read_k[now], S), out=U[now])
-                torch.bmm(read_q[now], S, out=o_segment[now])
-                scan.after(inside.whole[now]).baddbmm_(writing_k[now], U[now])
-            o_segment.baddbmm_(inside.attention, U)
-            chunks.scatter(o_segment.unflatten(0, (-1, H)), segment, o)
+    An operation of its own to torch.compile, which would otherwise unroll the loops.
+    """
+    chunks = make_chunks(v, cu_seqlens, CHUNK)
+    core, C, H, (K, V) = state.dtype, chunks.length, v.shape[2], state.shape[2:]
+    M = sum(chunks.steps) * H if keeping else 0
+    writes, inverses, states = (v.new_empty(M, *shape, dtype=core) for shape in ((C, V), (C, C), (K, V)))
+    last = chunks.ordered(state).flatten(0, 1)
+    scan = StateScan(last, [n * H for n in chunks.steps], states if keeping else None)
+    o = torch.empty_like(v)
+    for segment in chunks.segments(_chunk_bytes(C, H, K, V, core), v.device):
+        inside = _inside(q, k, v, g, beta, scale, use_qk_l2norm, chunks, segment, core)
+        inverse = _unit_lower_inverse(inside.system)
+        read_k, read_q = (inside.kq * inside.reading).split(C, dim=1)
+        writing_k = (inside.kq[:, :C] * inside.to_end).transpose(1, 2)
+        R, here = inside.v * inside.beta, slice(segment.start * H, segment.stop * H)
+        U, o_segment = writes[here] if keeping else torch.empty_like(R), torch.empty_like(R)
         if keeping:
-            ctx.save_for_backward(q, k, v, g, beta, *kept)
-            ctx.rest = scale, use_qk_l2norm, chunks, last.shape
-        return o, chunks.restored(last.view(-1, H, K, V))
+            inverses[here] = inverse
+        stop = 0
+        for sequences in segment.steps:
+            start, stop = stop, stop + sequences * H
+            now, S = slice(start, stop), scan.before()
+            torch.bmm(inverse[now], R[now].baddbmm_(read_k[now], S), out=U[now])
+            torch.bmm(read_q[now], S, out=o_segment[now])
+            scan.after(inside.whole[now]).baddbmm_(writing_k[now], U[now])
+        o_segment.baddbmm_(inside.attention, U)
+        chunks.scatter(o_segment.unflatten(0, (-1, H)), segment, o)
+    return o, chunks.restored(last.view(-1, H, K, V)), writes, inverses, states
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_o: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, g, beta, writes, inverses, all_states = ctx.saved_tensors
-        scale, use_qk_l2norm, chunks, _ = ctx.rest
-        core, C, H = writes.dtype, chunks.length, v.shape[2]
-        K, V = all_states.shape[1:]
-        gradients = [torch.empty_like(t) for t in (q, k, v, g, beta)]
-        dS_all = chunks.ordered(grad_last).flatten(0, 1)
-        for segment in reversed(list(chunks.segments(_chunk_bytes(C, H, K, V, core), v.device))):
-            here = slice(segment.start * H, segment.stop * H)
-            U, inverse, states = writes[here], inverses[here], all_states[here]
-            inside = _inside(q, k, v, g, beta, scale, use_qk_l2norm, chunks, segment, core)
-            do = chunks.gather(grad_o, segment, core).flatten(0, 1)
-            reading_T = (inside.kq * inside.reading).transpose(1, 2)
-            writing = inside.kq[:, :C] * inside.to_end
-            dU, dR = torch.bmm(inside.attention.transpose(1, 2), do), torch.empty_like(do)
-            d_writing, d_whole = torch.empty_like(writing), torch.empty_like(inside.whole)
-            stop = len(do)
-            for sequences in reversed(segment.steps):
-                start, stop = stop - sequences * H, stop
-                now, dS = slice(start, stop), dS_all[: stop - start]
-                torch.bmm(inverse[now].transpose(1, 2), dU[now].baddbmm_(writing[now], dS), out=dR[now])
-                torch.bmm(U[now], dS.transpose(1, 2), out=d_writing[now])
-                torch.bmm(states[now].flatten(1)[:, None], dS.flatten(1)[..., None], out=d_whole[now])
-                dS.mul_(inside.whole[now]).baddbmm_(reading_T[now, :, :C], dR[now])
-                dS.baddbmm_(reading_T[now, :, C:], do[now])
-                stop = start
-            parts = _inside_gradients(inside, U, states, do, dU, dR, d_writing, d_whole, scale, use_qk_l2norm)
-            for gradient, part in zip(gradients, parts, strict=True):
-                part = part.unflatten(0, (-1, H))
-                if gradient.shape[2] != H:  # heads that share queries and keys
-                    part = part.unflatten(1, (gradient.shape[2], -1)).sum(2)
-                chunks.scatter(part, segment, gradient)
-        return *gradients, chunks.restored(dS_all.view(-1, H, K, V)), None, None, None
+
+@torch.library.custom_op("hylo::gated_delta_rule_backward", mutates_args=())
+def _chunked_backward(
+    grad_o: Tensor,
+    grad_last: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    writes: Tensor,
+    inverses: Tensor,
+    all_states: Tensor,
+    scale: float,
+    use_qk_l2norm: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v, g, beta and the states."""
+    chunks = make_chunks(v, cu_seqlens, CHUNK)
+    core, C, H, (K, V) = writes.dtype, chunks.length, v.shape[2], all_states.shape[1:]
+    gradients = [torch.empty_like(t) for t in (q, k, v, g, beta)]
+    if grad_last is None:
+        sequences = len(v) if cu_seqlens is None else len(cu_seqlens) - 1
+        grad_last = writes.new_zeros(sequences, H, K, V)
+    dS_all = chunks.ordered(grad_last).flatten(0, 1)
+    for segment in reversed(list(chunks.segments(_chunk_bytes(C, H, K, V, core), v.device))):
+        here = slice(segment.start * H, segment.stop * H)
+        U, inverse, states = writes[here], inverses[here], all_states[here]
+        inside = _inside(q, k, v, g, beta, scale, use_qk_l2norm, chunks, segment, core)
+        do = chunks.gather(grad_o, segment, core).flatten(0, 1)
+        reading_T = (inside.kq * inside.reading).transpose(1, 2)
+        writing = inside.kq[:, :C] * inside.to_end
+        dU, dR = torch.bmm(inside.attention.transpose(1, 2), do), torch.empty_like(do)
+        d_writing, d_whole = torch.empty_like(writing), torch.empty_like(inside.whole)
+        stop = len(do)
+        for sequences in reversed(segment.steps):
+            start, stop = stop - sequences * H, stop
+            now, dS = slice(start, stop), dS_all[: stop - start]
+            torch.bmm(inverse[now].transpose(1, 2), dU[now].baddbmm_(writing[now], dS), out=dR[now])
+            torch.bmm(U[now], dS.transpose(1, 2), out=d_writing[now])
+            torch.bmm(states[now].flatten(1)[:, None], dS.flatten(1)[..., None], out=d_whole[now])
+            dS.mul_(inside.whole[now]).baddbmm_(reading_T[now, :, :C], dR[now])
+            dS.baddbmm_(reading_T[now, :, C:], do[now])
+            stop = start
+        parts = _inside_gradients(inside, U, states, do, dR, d_writing, d_whole, scale, use_qk_l2norm)
+        for gradient, part in zip(gradients, parts, strict=True):
+            part = part.unflatten(0, (-1, H))
+            if gradient.shape[2] != H:  # heads that share queries and keys
+                part = part.unflatten(1, (gradient.shape[2], -1)).sum(2)
+            chunks.scatter(part, segment, gradient)
+    dq, dk, dv, dg, dbeta = gradients
+    return dq, dk, dv, dg, dbeta, chunks.restored(dS_all.view(-1, H, K, V))
+
+
+@_chunked.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    scale: float,
+    use_qk_l2norm: bool,
+    cu_seqlens: Tensor | None,
+    keeping: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    M, C = kept_chunks(v, cu_seqlens, CHUNK, keeping)
+    K, V = state.shape[2:]
+    writes, inverses, states = (state.new_empty(M * v.shape[2], *shape) for shape in ((C, V), (C, C), (K, V)))
+    return torch.empty_like(v), torch.empty_like(state), writes, inverses, states
+
+
+@_chunked_backward.register_fake
+def _(
+    grad_o: Tensor,
+    grad_last: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    writes: Tensor,
+    inverses: Tensor,
+    all_states: Tensor,
+    scale: float,
+    use_qk_l2norm: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sequences = len(v) if cu_seqlens is None else len(cu_seqlens) - 1
+    state = all_states.new_empty(sequences, v.shape[2], *all_states.shape[1:])
+    dq, dk, dv, dg, dbeta = (torch.empty_like(t) for t in (q, k, v, g, beta))
+    return dq, dk, dv, dg, dbeta, state
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, _, scale, use_qk_l2norm, cu_seqlens, _ = inputs
+    ctx.save_for_backward(*tensors, *output[2:], cu_seqlens)
+    ctx.options = scale, use_qk_l2norm
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[2:])
+
+
+def _backward(ctx: Any, grad_o: Tensor | None, grad_last: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    *tensors, cu_seqlens = ctx.saved_tensors
+    grad_o = torch.zeros_like(tensors[2]) if grad_o is None else grad_o
+    gradients = _chunked_backward(grad_o, grad_last, *tensors, *ctx.options, cu_seqlens)
+    return *gradients, None, None, None, None
+
+
+_chunked.register_autograd(_backward, setup_context=_keep)
 
 
 def _inside(
@@ -299,7 +367,6 @@ def _inside_gradients(
     U: Tensor,
     states: Tensor,
     do: Tensor,
-    dU: Tensor,
     dR: Tensor,
     d_writing: Tensor,
     d_whole: Tensor,

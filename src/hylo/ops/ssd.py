@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from hylo.ops.checks import check_multiple, check_sequences, check_tensors
-from hylo.ops.chunks import Chunks, Segment, StateScan, decay_gradient, decays, make_chunks
+from hylo.ops.chunks import Chunks, Segment, StateScan, decay_gradient, decays, kept_chunks, make_chunks
 from hylo.ops.kernels import fla_kernel
 
 CHUNK = 64
@@ -71,8 +70,9 @@ def ssd(
         if decoding:
             y, state = _step(x, dt, g, B, C, D, initial_state)
         else:
-            chunks = make_chunks(x, cu_seqlens, CHUNK)
-            y, state = _chunked(x, dt, g, B, C, D, initial_state, chunks)
+            tensors = (x, dt, g, B, C, D, initial_state)
+            keeping = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+            y, state, _ = _chunked(*tensors, cu_seqlens, keeping)
     return y, state if output_final_state else None
 
 
@@ -161,12 +161,6 @@ def _through_fla(
     return (y if D is None else y + (D[:, None] * x).to(y.dtype)), state
 
 
-@torch.compiler.disable
-def _chunked(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Loops whose lengths depend on the sequence are left to run as they are."""
-    return _Chunked.apply(*arguments)
-
-
 class _Inside(NamedTuple):
     """What a segment's chunks need beside the state: s chunks of L tokens, G groups of R heads."""
 
@@ -203,84 +197,149 @@ class _Inside(NamedTuple):
         return self.from_start[..., -1].reshape(-1, 1, 1)
 
 
-class _Chunked(torch.autograd.Function):
-    """(B,T,.,.) and the states (sequences,H,P,N) to y and the last states, a segment at a time."""
+@torch.library.custom_op("hylo::ssd", mutates_args=())
+def _chunked(
+    x: Tensor,
+    dt: Tensor,
+    g: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    keeping: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y and the last states, and for the gradient, where it is wanted, the states before chunks.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        dt: Tensor,
-        g: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        state: Tensor,
-        chunks: Chunks,
-    ) -> tuple[Tensor, Tensor]:
-        core, (G, H), (P, N) = state.dtype, (x.shape[2], C.shape[2]), state.shape[2:]
-        keeping = any(ctx.needs_input_grad)
-        last = chunks.ordered(state).flatten(0, 1)
-        kept = last.new_empty(sum(chunks.steps) * H, P, N) if keeping else None
-        scan = StateScan(last, [n * H for n in chunks.steps], kept)
-        y = x.new_empty(*C.shape[:3], P)
-        for segment in chunks.segments(_chunk_bytes(chunks.length, G, H, P, N, core), x.device):
-            inside = _inside(x, dt, g, B, C, chunks, segment, core)
-            reading, writing_T, whole = inside.reading, inside.writing_T, inside.whole
-            Y = torch.bmm(inside.scores, inside.x).view(-1, chunks.length, P)  # (s*H,L,P)
-            stop = 0
-            for sequences in segment.steps:
-                start, stop = stop, stop + sequences
-                heads, groups = slice(start * H, stop * H), slice(start * G, stop * G)
-                Y[heads].baddbmm_(reading[heads], scan.before().transpose(1, 2))
-                after = scan.after(whole[heads]).view(sequences * G, -1, N)
-                after.baddbmm_(writing_T[groups], inside.B[groups])
-            if D is not None:
-                heads_of_group = Y.view(*inside.dt.shape, P)
-                heads_of_group.addcmul_(D.to(core).view(G, -1, 1, 1), inside.x.view(-1, G, 1, *inside.x.shape[1:]))
-            chunks.scatter(Y.unflatten(0, (-1, H)), segment, y)
-        if kept is not None:
-            ctx.save_for_backward(x, dt, g, B, C, D, kept)
-            ctx.chunks = chunks
-        return y, chunks.restored(last.view(-1, H, P, N))
+    An operation of its own to torch.compile, which would otherwise unroll the loops.
+    """
+    chunks = make_chunks(x, cu_seqlens, CHUNK)
+    core, (G, H), (P, N) = state.dtype, (x.shape[2], C.shape[2]), state.shape[2:]
+    last = chunks.ordered(state).flatten(0, 1)
+    states = last.new_empty(sum(chunks.steps) * H if keeping else 0, P, N)
+    scan = StateScan(last, [n * H for n in chunks.steps], states if keeping else None)
+    y = x.new_empty(*C.shape[:3], P)
+    for segment in chunks.segments(_chunk_bytes(chunks.length, G, H, P, N, core), x.device):
+        inside = _inside(x, dt, g, B, C, chunks, segment, core)
+        reading, writing_T, whole = inside.reading, inside.writing_T, inside.whole
+        Y = torch.bmm(inside.scores, inside.x).view(-1, chunks.length, P)  # (s*H,L,P)
+        stop = 0
+        for sequences in segment.steps:
+            start, stop = stop, stop + sequences
+            heads, groups = slice(start * H, stop * H), slice(start * G, stop * G)
+            Y[heads].baddbmm_(reading[heads], scan.before().transpose(1, 2))
+            after = scan.after(whole[heads]).view(sequences * G, -1, N)
+            after.baddbmm_(writing_T[groups], inside.B[groups])
+        if D is not None:
+            by_group = Y.view(*inside.dt.shape, P)
+            by_group.addcmul_(D.to(core).view(G, -1, 1, 1), inside.x.view(-1, G, 1, chunks.length, P))
+        chunks.scatter(Y.unflatten(0, (-1, H)), segment, y)
+    return y, chunks.restored(last.view(-1, H, P, N)), states
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
-        x, dt, g, B, C, D, kept = ctx.saved_tensors
-        chunks: Chunks = ctx.chunks
-        core, (G, H), (P, N), L = kept.dtype, (x.shape[2], C.shape[2]), kept.shape[1:], chunks.length
-        gradients = [torch.empty_like(t) for t in (x, dt, g, B, C)]
-        dD = None if D is None else kept.new_zeros(G, H // G)
-        dS_all = chunks.ordered(grad_last).flatten(0, 1)
-        for segment in reversed(list(chunks.segments(_chunk_bytes(L, G, H, P, N, core), x.device))):
-            inside, states = _inside(x, dt, g, B, C, chunks, segment, core), kept[segment.start * H : segment.stop * H]
-            dY = chunks.gather(grad_y, segment, core).flatten(0, 1)  # (s*H,L,P)
-            reading, writing_T, whole = inside.reading, inside.writing_T, inside.whole
-            d_writing_T, d_whole = torch.empty_like(writing_T), torch.empty_like(whole)
-            dB = torch.empty_like(inside.B)
-            stop = segment.stop - segment.start
-            for sequences in reversed(segment.steps):
-                start, stop = stop - sequences, stop
-                heads, groups = slice(start * H, stop * H), slice(start * G, stop * G)
-                dS = dS_all[: sequences * H]
-                dS_groups = dS.view(sequences * G, -1, N)
-                torch.bmm(dS_groups, inside.B[groups].transpose(1, 2), out=d_writing_T[groups])
-                torch.bmm(writing_T[groups].transpose(1, 2), dS_groups, out=dB[groups])
-                torch.bmm(states[heads].flatten(1)[:, None], dS.flatten(1)[..., None], out=d_whole[heads])
-                dS.mul_(whole[heads]).baddbmm_(dY[heads].transpose(1, 2), reading[heads])
-                stop = start
-            d_reading = torch.bmm(dY, states)
-            parts = _inside_gradients(inside, dY, d_reading, d_writing_T, dB, (d_whole * whole).view(-1, G, H // G))
-            if D is not None and dD is not None:
-                by_group, x_groups = dY.view(*inside.dt.shape, P), inside.x.view(-1, G, 1, L, P)
-                dD += (by_group * x_groups).sum((0, 3, 4))
-                parts[0].add_((by_group * D.to(core).view(G, -1, 1, 1)).sum(2))
-            for gradient, part in zip(gradients, parts, strict=True):
-                chunks.scatter(part, segment, gradient)
-        if D is not None and dD is not None:
-            dD = dD.flatten().to(D.dtype)
-        return *gradients, dD, chunks.restored(dS_all.view(-1, H, P, N)), None
+
+@torch.library.custom_op("hylo::ssd_backward", mutates_args=())
+def _chunked_backward(
+    grad_y: Tensor,
+    grad_last: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    g: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    kept: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, dt, g, B, C, D (empty without one) and the states."""
+    chunks = make_chunks(x, cu_seqlens, CHUNK)
+    core, (G, H), (P, N), L = kept.dtype, (x.shape[2], C.shape[2]), kept.shape[1:], chunks.length
+    gradients = [torch.empty_like(t) for t in (x, dt, g, B, C)]
+    dD = kept.new_zeros(G, H // G)
+    if grad_last is None:
+        sequences = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
+        grad_last = kept.new_zeros(sequences, H, P, N)
+    dS_all = chunks.ordered(grad_last).flatten(0, 1)
+    for segment in reversed(list(chunks.segments(_chunk_bytes(L, G, H, P, N, core), x.device))):
+        inside, states = _inside(x, dt, g, B, C, chunks, segment, core), kept[segment.start * H : segment.stop * H]
+        dY = chunks.gather(grad_y, segment, core).flatten(0, 1)  # (s*H,L,P)
+        reading, writing_T, whole = inside.reading, inside.writing_T, inside.whole
+        d_writing_T, d_whole, dB = (torch.empty_like(t) for t in (writing_T, whole, inside.B))
+        stop = segment.stop - segment.start
+        for sequences in reversed(segment.steps):
+            start, stop = stop - sequences, stop
+            heads, groups = slice(start * H, stop * H), slice(start * G, stop * G)
+            dS = dS_all[: sequences * H]
+            dS_groups = dS.view(sequences * G, -1, N)
+            torch.bmm(dS_groups, inside.B[groups].transpose(1, 2), out=d_writing_T[groups])
+            torch.bmm(writing_T[groups].transpose(1, 2), dS_groups, out=dB[groups])
+            torch.bmm(states[heads].flatten(1)[:, None], dS.flatten(1)[..., None], out=d_whole[heads])
+            dS.mul_(whole[heads]).baddbmm_(dY[heads].transpose(1, 2), reading[heads])
+            stop = start
+        d_reading = torch.bmm(dY, states)
+        parts = _inside_gradients(inside, dY, d_reading, d_writing_T, dB, (d_whole * whole).view(-1, G, H // G))
+        if D is not None:
+            by_group = dY.view(*inside.dt.shape, P)
+            dD += (by_group * inside.x.view(-1, G, 1, L, P)).sum((0, 3, 4))
+            parts[0].add_((by_group * D.to(core).view(G, -1, 1, 1)).sum(2))
+        for gradient, part in zip(gradients, parts, strict=True):
+            chunks.scatter(part, segment, gradient)
+    dx, ddt, dg, dB, dC = gradients
+    d_skip = dD.flatten().to(D.dtype) if D is not None else dD.new_empty(0)
+    return dx, ddt, dg, dB, dC, d_skip, chunks.restored(dS_all.view(-1, H, P, N))
+
+
+@_chunked.register_fake
+def _(
+    x: Tensor,
+    dt: Tensor,
+    g: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    keeping: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    chunks, _ = kept_chunks(x, cu_seqlens, CHUNK, keeping)
+    y = x.new_empty(*C.shape[:3], x.shape[3])
+    return y, torch.empty_like(state), state.new_empty(chunks * C.shape[2], *state.shape[2:])
+
+
+@_chunked_backward.register_fake
+def _(
+    grad_y: Tensor,
+    grad_last: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    g: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    kept: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sequences = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
+    dx, ddt, dg, dB, dC = (torch.empty_like(t) for t in (x, dt, g, B, C))
+    d_skip = torch.empty_like(D) if D is not None else kept.new_empty(0)
+    return dx, ddt, dg, dB, dC, d_skip, kept.new_empty(sequences, C.shape[2], *kept.shape[1:])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, _, cu_seqlens, _ = inputs
+    ctx.save_for_backward(*tensors, output[2], cu_seqlens)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2])
+
+
+def _backward(ctx: Any, grad_y: Tensor | None, grad_last: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    x, dt, g, B, C, D, kept, cu_seqlens = ctx.saved_tensors
+    if grad_y is None:
+        grad_y = x.new_zeros(*C.shape[:3], x.shape[3])
+    *gradients, dD, d_state = _chunked_backward(grad_y, grad_last, x, dt, g, B, C, D, kept, cu_seqlens)
+    return *gradients, None if D is None else dD, d_state, None, None
+
+
+_chunked.register_autograd(_backward, setup_context=_keep)
 
 
 def _inside(
