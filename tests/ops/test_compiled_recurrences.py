@@ -60,7 +60,7 @@ def test_compiled_is_the_same(
 
 def test_the_operations_are_registered_right() -> None:
     t = gated_delta_inputs(2, 70, 2)
-    torch.library.opcheck(gated_delta._chunked, (*t.values(), 0.3, True, None, True))
+    torch.library.opcheck(gated_delta._chunked, (*t.values(), 0.3, True, None, True, False, True))
     t = ssd_inputs(2, 70, 2)
     g = -torch.rand(2, 70, 4).requires_grad_()
     arguments = (t["x"], t["dt"], g, t["B"], t["C"], t["D"], t["initial_state"], None, True)

@@ -39,6 +39,24 @@ def test_values_and_gradients(length: int, q_heads: int, decay: float) -> None:
         torch.testing.assert_close(fast, naive, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize("length", [2, 64, 100, 200])
+@pytest.mark.parametrize("leaves_state", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_from_a_state_of_zero(length: int, leaves_state: bool, packed: bool) -> None:
+    tensors, _ = operands(length)
+    bounds = None
+    if packed:
+        tensors = {name: tensor[:1].detach().requires_grad_() for name, tensor in tensors.items()}
+        bounds = torch.tensor([0, 0, length // 2, length // 2 + 1, length])
+    results = []
+    for function in (gated_delta_rule, naive_gated_delta_rule):
+        o, last = function(**tensors, output_final_state=leaves_state, use_qk_l2norm=True, cu_seqlens=bounds)
+        loss = o.sin().sum() + (last.sin().sum() if last is not None else 0)
+        results.append((o, *torch.autograd.grad(loss, list(tensors.values()))))
+    for fast, naive in zip(*results, strict=True):
+        torch.testing.assert_close(fast, naive, atol=1e-9, rtol=1e-9)
+
+
 def test_scale_and_missing_state() -> None:
     tensors, _ = operands(70)
     expected, _ = naive_gated_delta_rule(**{**tensors, "k": F.normalize(tensors["k"], dim=-1)}, scale=0.3)

@@ -22,6 +22,7 @@ from hylo.ops.chunks import Chunks, Segment, StateScan, decay_gradient, decays, 
 from hylo.ops.kernels import fla_kernel
 
 CHUNK = 64
+FEW = 2  # chunks in a sequence: where there are no more, what states of zero would add is left out
 
 
 def gated_delta_rule(
@@ -72,6 +73,7 @@ def gated_delta_rule(
                 cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(v.device, torch.long),
             )
         core = torch.float64 if v.dtype == torch.float64 else torch.float32
+        from_zero = initial_state is None
         if initial_state is None:
             initial_state = torch.zeros(sequences, v.shape[2], k.shape[3], v.shape[3], dtype=core, device=v.device)
         initial_state = initial_state.to(core)
@@ -80,7 +82,7 @@ def gated_delta_rule(
         else:
             tensors = (q, k, v, g, beta, initial_state)
             keeping = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-            o, state, *_ = _chunked(*tensors, scale, use_qk_l2norm, cu_seqlens, keeping)
+            o, state, *_ = _chunked(*tensors, scale, use_qk_l2norm, cu_seqlens, keeping, from_zero, output_final_state)
     return o, state if output_final_state else None
 
 
@@ -186,12 +188,16 @@ def _chunked(
     use_qk_l2norm: bool,
     cu_seqlens: Tensor | None,
     keeping: bool,
+    from_zero: bool,
+    leaves_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o and the last states, and for the gradient, where it is wanted, U, the inverses and the states before chunks.
 
+    from_zero: the states are zeros that no gradient is asked of; leaves_state: the last states will be looked at.
     An operation of its own to torch.compile, which would otherwise unroll the loops.
     """
     chunks = make_chunks(v, cu_seqlens, CHUNK)
+    few = len(chunks.steps) <= FEW
     core, C, H, (K, V) = state.dtype, chunks.length, v.shape[2], state.shape[2:]
     M = sum(chunks.steps) * H if keeping else 0
     writes, inverses, states = (v.new_empty(M, *shape, dtype=core) for shape in ((C, V), (C, C), (K, V)))
@@ -208,12 +214,17 @@ def _chunked(
         if keeping:
             inverses[here] = inverse
         stop = 0
-        for sequences in segment.steps:
+        for step, sequences in enumerate(segment.steps, start=segment.first_step):
             start, stop = stop, stop + sequences * H
             now, S = slice(start, stop), scan.before()
-            torch.bmm(inverse[now], R[now].baddbmm_(read_k[now], S), out=U[now])
-            torch.bmm(read_q[now], S, out=o_segment[now])
-            scan.after(inside.whole[now]).baddbmm_(writing_k[now], U[now])
+            if step or not (few and from_zero):
+                R[now].baddbmm_(read_k[now], S)
+                torch.bmm(read_q[now], S, out=o_segment[now])
+            else:
+                o_segment[now] = 0
+            torch.bmm(inverse[now], R[now], out=U[now])
+            if step + 1 < len(chunks.steps) or not few or leaves_state:
+                scan.after(inside.whole[now]).baddbmm_(writing_k[now], U[now])
         o_segment.baddbmm_(inside.attention, U)
         chunks.scatter(o_segment.unflatten(0, (-1, H)), segment, o)
     return o, chunks.restored(last.view(-1, H, K, V)), writes, inverses, states
@@ -234,11 +245,13 @@ def _chunked_backward(
     scale: float,
     use_qk_l2norm: bool,
     cu_seqlens: Tensor | None,
+    from_zero: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, g, beta and the states."""
     chunks = make_chunks(v, cu_seqlens, CHUNK)
     core, C, H, (K, V) = writes.dtype, chunks.length, v.shape[2], all_states.shape[1:]
     gradients = [torch.empty_like(t) for t in (q, k, v, g, beta)]
+    few, left_state = len(chunks.steps) <= FEW, grad_last is not None
     if grad_last is None:
         sequences = len(v) if cu_seqlens is None else len(cu_seqlens) - 1
         grad_last = writes.new_zeros(sequences, H, K, V)
@@ -253,16 +266,22 @@ def _chunked_backward(
         dU, dR = torch.bmm(inside.attention.transpose(1, 2), do), torch.empty_like(do)
         d_writing, d_whole = torch.empty_like(writing), torch.empty_like(inside.whole)
         stop = len(do)
-        for sequences in reversed(segment.steps):
-            start, stop = stop - sequences * H, stop
+        for step in range(segment.first_step + len(segment.steps) - 1, segment.first_step - 1, -1):
+            start, stop = stop - chunks.steps[step] * H, stop
             now, dS = slice(start, stop), dS_all[: stop - start]
-            torch.bmm(inverse[now].transpose(1, 2), dU[now].baddbmm_(writing[now], dS), out=dR[now])
-            torch.bmm(U[now], dS.transpose(1, 2), out=d_writing[now])
-            torch.bmm(states[now].flatten(1)[:, None], dS.flatten(1)[..., None], out=d_whole[now])
-            dS.mul_(inside.whole[now]).baddbmm_(reading_T[now, :, :C], dR[now])
-            dS.baddbmm_(reading_T[now, :, C:], do[now])
+            if step + 1 < len(chunks.steps) or not few or left_state:
+                dU[now].baddbmm_(writing[now], dS)
+                torch.bmm(U[now], dS.transpose(1, 2), out=d_writing[now])
+                torch.bmm(states[now].flatten(1)[:, None], dS.flatten(1)[..., None], out=d_whole[now])
+            else:
+                d_writing[now], d_whole[now] = 0, 0
+            torch.bmm(inverse[now].transpose(1, 2), dU[now], out=dR[now])
+            if step or not (few and from_zero):
+                dS.mul_(inside.whole[now]).baddbmm_(reading_T[now, :, :C], dR[now])
+                dS.baddbmm_(reading_T[now, :, C:], do[now])
             stop = start
-        parts = _inside_gradients(inside, U, states, do, dR, d_writing, d_whole, scale, use_qk_l2norm)
+        first = chunks.steps[0] * H if few and from_zero and segment.first_step == 0 else 0
+        parts = _inside_gradients(inside, U, states, do, dR, d_writing, d_whole, first, scale, use_qk_l2norm)
         for gradient, part in zip(gradients, parts, strict=True):
             part = part.unflatten(0, (-1, H))
             if gradient.shape[2] != H:  # heads that share queries and keys
@@ -284,6 +303,8 @@ def _(
     use_qk_l2norm: bool,
     cu_seqlens: Tensor | None,
     keeping: bool,
+    from_zero: bool,
+    leaves_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     M, C = kept_chunks(v, cu_seqlens, CHUNK, keeping)
     K, V = state.shape[2:]
@@ -306,6 +327,7 @@ def _(
     scale: float,
     use_qk_l2norm: bool,
     cu_seqlens: Tensor | None,
+    from_zero: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     sequences = len(v) if cu_seqlens is None else len(cu_seqlens) - 1
     state = all_states.new_empty(sequences, v.shape[2], *all_states.shape[1:])
@@ -314,9 +336,9 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, _, scale, use_qk_l2norm, cu_seqlens, _ = inputs
+    *tensors, _, scale, use_qk_l2norm, cu_seqlens, _, from_zero, _ = inputs
     ctx.save_for_backward(*tensors, *output[2:], cu_seqlens)
-    ctx.options = scale, use_qk_l2norm
+    ctx.options = scale, use_qk_l2norm, from_zero
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
 
@@ -324,8 +346,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, grad_o: Tensor | None, grad_last: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     *tensors, cu_seqlens = ctx.saved_tensors
     grad_o = torch.zeros_like(tensors[2]) if grad_o is None else grad_o
-    gradients = _chunked_backward(grad_o, grad_last, *tensors, *ctx.options, cu_seqlens)
-    return *gradients, None, None, None, None
+    scale, use_qk_l2norm, from_zero = ctx.options
+    gradients = _chunked_backward(grad_o, grad_last, *tensors, scale, use_qk_l2norm, cu_seqlens, from_zero)
+    return *gradients, None, None, None, None, None, None
 
 
 _chunked.register_autograd(_backward, setup_context=_keep)
@@ -370,13 +393,18 @@ def _inside_gradients(
     dR: Tensor,
     d_writing: Tensor,
     d_whole: Tensor,
+    first: int,
     scale: float,
     use_qk_l2norm: bool,
 ) -> tuple[Tensor, ...]:
-    """The gradients of q, k (M,C,K), v (M,C,V), g and beta (M,C), from what the loop over the states left."""
+    """The gradients of q, k (M,C,K), v (M,C,V), g and beta (M,C), from what the loop over the states left.
+
+    The `first` of the M had a state of zero.
+    """
     kq, beta, between, C = inside.kq, inside.beta, inside.between, inside.beta.shape[1]
     d_both = torch.cat((dR, do), dim=1)
-    d_read = d_both @ states.transpose(1, 2)  # of reading * kq
+    d_read = torch.zeros_like(kq)  # of reading * kq
+    torch.bmm(d_both[first:], states[first:].transpose(1, 2), out=d_read[first:])
     d_products = d_both @ U.transpose(1, 2)
     d_system = d_products[:, :C].mul_(between).tril_(-1).neg_()  # before beta, after D
     d_products[:, C:].mul_(between)
