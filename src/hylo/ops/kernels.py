@@ -23,23 +23,27 @@ MODULES = {
 }
 
 
+class KernelsError(RuntimeError):
+    """HYLO_KERNELS asks for what cannot be."""
+
+
 def check_choice() -> None:
-    """Raises RuntimeError for a HYLO_KERNELS that nobody knows, or that wants what is not installed."""
+    """Raises KernelsError for a HYLO_KERNELS that nobody knows, or that wants what is not installed."""
     if FORCED not in ("", "torch", "fla"):
-        raise RuntimeError(f"HYLO_KERNELS={FORCED} is unknown; set it to torch or fla, or leave it unset")
+        raise KernelsError(f"HYLO_KERNELS={FORCED} is unknown; set it to torch or fla, or leave it unset")
     if FORCED == "fla" and not INSTALLED:
-        raise RuntimeError("HYLO_KERNELS=fla needs flash-linear-attention; pip install hylo[cuda], or unset it")
+        raise KernelsError("HYLO_KERNELS=fla needs flash-linear-attention; pip install hylo[cuda], or unset it")
 
 
 def fla_kernel(name: str, tensor: Tensor) -> Callable[..., Any] | None:
     """flash-linear-attention's function of that name if it should run where `tensor` is; None: torch's operations.
 
-    float64 always stays with torch. Raises RuntimeError if HYLO_KERNELS insists on what cannot be.
+    float64 always stays with torch. Raises KernelsError if HYLO_KERNELS insists on what cannot be.
     """
     on_gpu = tensor.device.type == "cuda"  # ROCm's devices are called so too
     if tensor.dtype == torch.float64 or FORCED == "torch" or (not FORCED and not (on_gpu and INSTALLED)):
         return None
     check_choice()
     if not on_gpu:
-        raise RuntimeError(f"HYLO_KERNELS=fla needs tensors on a GPU, got {tensor.device}; unset it")
+        raise KernelsError(f"HYLO_KERNELS=fla needs tensors on a GPU, got {tensor.device}; unset it")
     return getattr(import_module(MODULES[name]), name)
