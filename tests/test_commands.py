@@ -94,3 +94,25 @@ def test_what_is_no_release_is_not_imported(tiny_base: Path, tmp_path: Path) -> 
     assert done.returncode == 2 and "no released checkpoint" in done.stderr and not (tmp_path / "out").exists()
     done = hylo("import", tiny_base, tmp_path / "out", "--map", "q_norm")
     assert done.returncode == 2 and "write OLD=NEW" in done.stderr
+
+
+def test_env_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = json.loads(hylo("env", "--json").stdout)
+    assert found["versions"]["torch"] == torch.__version__ and found["forced"] is None
+    if not torch.cuda.is_available():
+        assert set(found["kernels"].values()) == {"torch"} and found["devices"] == ["cpu"]
+    assert "gated_delta_rule" in hylo("env").stdout
+    monkeypatch.setattr("hylo.ops.kernels.FORCED", "mamba")  # read at import
+    done = hylo("env")
+    assert done.returncode == 2 and "HYLO_KERNELS=mamba is unknown; set it to torch or fla" in done.stderr
+
+
+def test_kernels_that_cannot_be_are_one_line(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hybrid = tmp_path / "hybrid"
+    assert hylo("convert", tiny_base, hybrid, "--layout", "1MLA2GDN").returncode == 0
+    monkeypatch.setattr("hylo.ops.kernels.FORCED", "triton")
+    text = tmp_path / "text.txt"
+    text.write_text("a short text " * 200)
+    done = hylo("evaluate", hybrid, "--lengths", "256", "--answers", "1", "--tokens", "256", "--text", text)
+    assert done.returncode == 2 and done.stderr.startswith("hylo: HYLO_KERNELS=triton is unknown")
+    assert len(done.stderr.splitlines()) == 1

@@ -10,12 +10,12 @@ the last layer's h is compared after the final norm (arXiv 2604.24715; X-EcoMLA 
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 
 from hylo.distill.metrics import StepMetrics
 from hylo.distill.settings import Training
@@ -95,35 +95,25 @@ class AlignTrainer(StageTrainer):
         work: Path,
         metrics: StepMetrics,
     ) -> None:
-        clip = ClipEachLayer([alignment.parameters_of(i) for i in alignment.layers], training.clip)
-        super().__init__(alignment, rows, training, work, metrics, clip=0.0, callbacks=[clip])
-        self.layers, self.count = alignment.layers, len(alignment.student.model.layers)
-        self.teacher = TeacherLayers(teacher.to(self.args.device))
+        groups = [alignment.parameters_of(i) for i in alignment.layers]
+        super().__init__(alignment, teacher, rows, training, work, metrics, groups, alignment.layers)
+        self.teacher_layers = TeacherLayers(teacher)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
-        model.train()
+    def forward_and_backward(
+        self, model: nn.Module, inputs: dict[str, Tensor], backward: bool = True, only: int | None = None
+    ) -> Tensor:
+        assert self.layers is not None
         with torch.no_grad(), self.accelerator.autocast():
-            states = self.teacher(inputs["input_ids"])
-        losses = torch.zeros(self.count, device=self.args.device)
+            states = self.teacher_layers(inputs["input_ids"])
+        losses = torch.zeros(len(self.layers), device=self.args.device)
         # One backward a layer, not the Trainer's single one: a layer's activations are gone before the next one's come.
-        for i in self.layers:
-            loss = model(i, states[i])
-            self.accelerator.backward(loss)
-            losses[i] = loss.detach()
-        total = losses.sum()
-        self.measured(total.item(), losses.tolist())
-        return total
-
-
-class ClipEachLayer(TrainerCallback):
-    """Clips every layer's gradient to its own norm, so that what one layer does never changes another."""
-
-    def __init__(self, layers: list[list[nn.Parameter]], clip: float) -> None:
-        self.layers, self.clip = layers, clip
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for parameters in self.layers:
-            nn.utils.clip_grad_norm_(parameters, self.clip)
+        for group, i in enumerate(self.layers):
+            if only is None or group == only:
+                loss = model(i, states[i])
+                if backward:
+                    self.accelerator.backward(loss)
+                losses[group] = loss.detach()
+        return losses
 
 
 class TeacherLayers:

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Precision = Literal["float32", "bf16"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -24,7 +25,7 @@ class Training(BaseModel):
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="AdamW's decay rates of the two moments")
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     clip: float = Field(1.0, gt=0, allow_inf_nan=False, description="largest gradient norm; alignment's is per layer")
-    precision: Literal["float32", "bf16"] = Field("float32", description="bf16 computes in bf16 on float32 weights")
+    precision: Precision = Field("float32", description="bf16 computes in bf16 on float32 weights")
     seed: int = Field(0, ge=0)
     gradient_checkpointing: bool = Field(False, description="extension only: recompute each layer in the backward pass")
 

@@ -4,13 +4,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
+from hylo.checkpoint import Weights
 from hylo.distill.settings import Training
 from hylo.errors import HyloError
 from hylo.files import read_json
 from hylo.modeling import HyloForCausalLM
-from hylo.modeling.loading import load_model
+from hylo.modeling.loading import load_model, read_configuration
 
 
 def load_pair(
@@ -20,12 +22,40 @@ def load_pair(
 
     Raises HyloError if `student` is no hylo model, if the vocabularies differ, or if the teacher's context is short.
     """
-    model = load_model(student, dtype=torch.float32)
-    if not isinstance(model, HyloForCausalLM):
-        raise HyloError(f"{student} holds a {model.config.model_type} model, not a hylo one; convert it first")
+    model = load_student(student)
     frozen = load_model(teacher, dtype=teacher_dtype).requires_grad_(False).eval()
     check_pair(student, teacher, training.length)
     return model, frozen
+
+
+def load_student(directory: Path) -> HyloForCausalLM:
+    """The hylo model to train, in float32. Raises HyloError for any other kind."""
+    model = load_model(directory, dtype=torch.float32)
+    if not isinstance(model, HyloForCausalLM):
+        raise _no_student(directory, model.config.model_type)
+    return model
+
+
+def read_head(student: Path) -> Tensor:
+    """The lm_head (V, D) of a hylo directory, in float32; where they are tied, that is the embedding."""
+    config = read_configuration(student)
+    if config["model_type"] != HyloForCausalLM.config_class.model_type:
+        raise _no_student(student, config["model_type"])
+    name = "model.embed_tokens.weight" if config.get("tie_word_embeddings") else "lm_head.weight"
+    weights = Weights(student)
+    if name not in weights.shapes:
+        raise HyloError(f"model {student} lacks {name}; restore the directory")
+    return weights[name].float()
+
+
+def freeze_head(model: HyloForCausalLM, head_VD: Tensor) -> None:
+    """Gives the model a head of its own, with these weights, that does not train; a tied embedding goes on training."""
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = nn.Parameter(head_VD.clone(), requires_grad=False)
+
+
+def _no_student(directory: Path, model_type: str) -> HyloError:
+    return HyloError(f"{directory} holds a {model_type} model, not a hylo one; convert it first")
 
 
 def check_pair(student: Path, teacher: Path, length: int) -> None:

@@ -1,0 +1,137 @@
+"""Which tensor went wrong: when a loss or a gradient is NaN or infinite, its step is run once more, under watch."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hylo.modeling.gated_deltanet import GatedDeltaNet
+from hylo.modeling.mamba2 import Mamba2
+
+ROLES = {  # of the tensors of linear blocks, by the part of the name that tells
+    "A_log": "the decay",
+    "dt_bias": "the decay",
+    "a_proj": "the decay gate",
+    "b_proj": "the write gate",
+    "g_proj": "the output gate",
+    "in_proj": "the gates, keys and values",
+}
+
+
+def find_culprit(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    replay: Callable[[bool], None],
+    among: Iterable[nn.Parameter] | None = None,
+) -> str:
+    """Says which tensor is the first not to be finite: a weight, what a module gives, a decay, or a gradient.
+
+    `replay(backward)` runs the step again, without or with its backward pass. Weights are looked for in `among`, or in
+    the whole student. Gradients are spoiled, weights are not touched.
+    """
+    if found := bad_weight(student, among):
+        return found
+    if teacher is not None and (found := bad_weight(teacher)):
+        return f"the teacher's {found}"
+    with torch.no_grad(), watch_outputs(student, "") as ours, watch_outputs(teacher, "the teacher's ") as theirs:
+        replay(False)
+    if found := next(iter([*theirs, *ours]), None):  # the teacher runs first, and alignment feeds on it
+        return found
+    student.zero_grad(set_to_none=True)
+    with watch_gradients(student) as found_gradients:
+        replay(True)
+    if found_gradients:
+        return found_gradients[0]
+    reached = {name: p.grad.abs().max().item() for name, p in student.named_parameters() if p.grad is not None}
+    name = max(reached, key=lambda name: reached[name])
+    return f"a sum overflows; the largest gradient is that of {described(name)}, which reaches {reached[name]:.3g}"
+
+
+def bad_weight(model: nn.Module, among: Iterable[nn.Parameter] | None = None) -> str | None:
+    """The first weight that holds NaN or infinity, in words."""
+    chosen = None if among is None else {id(parameter) for parameter in among}
+    for name, parameter in model.named_parameters():
+        if (chosen is None or id(parameter) in chosen) and not is_finite(parameter):
+            return f"{described(name)} holds {what_is_wrong(parameter)}"
+    return None
+
+
+@contextmanager
+def watch_outputs(model: nn.Module | None, whose: str) -> Iterator[list[str]]:
+    """While it lasts, modules whose output is not finite are listed, in the order in which they ran."""
+    found: list[str] = []
+    handles = []
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+            for tensor in output if isinstance(output, tuple) else (output,):
+                if isinstance(tensor, Tensor) and not is_finite(tensor):
+                    found.append(f"what {whose}{described(name)} gives is {what_is_wrong(tensor)}")
+
+        return hook
+
+    def note_decay(mixer: GatedDeltaNet | Mamba2, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: Any, output: Tensor) -> None:
+            if not is_finite(output):
+                return  # `note` has that
+            step = F.softplus(output[..., -mixer.num_heads :].float() + mixer.dt_bias)  # Mamba-2's dt is in_proj's end
+            if not is_finite(decay := -mixer.A_log.float().exp() * step):
+                reached = f"A_log reaches {mixer.A_log.max().item():.4g}, its step {step.max().item():.4g}"
+                found.append(f"the decay of {whose}{name} is {what_is_wrong(decay)} ({reached})")
+
+        return hook
+
+    for name, module in model.named_modules() if model is not None else ():
+        if isinstance(module, GatedDeltaNet | Mamba2):
+            gate = module.a_proj if isinstance(module, GatedDeltaNet) else module.in_proj
+            handles.append(gate.register_forward_hook(note_decay(module, name)))
+        handles.append(module.register_forward_hook(note(name)))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def watch_gradients(model: nn.Module) -> Iterator[list[str]]:
+    """While it lasts, weights whose gradient is not finite are listed, the one nearest to the loss first."""
+    found: list[str] = []
+
+    def note(name: str) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            if parameter.grad is not None and not is_finite(parameter.grad):
+                found.append(f"the gradient of {described(name)} is {what_is_wrong(parameter.grad)}")
+
+        return hook
+
+    handles = [
+        parameter.register_post_accumulate_grad_hook(note(name))
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def described(name: str) -> str:
+    """A tensor's or a module's name with what it does, where that is a gate or a decay."""
+    role = next((ROLES[part] for part in name.split(".") if part in ROLES), None)
+    return f"{name} ({role})" if role else name
+
+
+def is_finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
+
+
+def what_is_wrong(tensor: Tensor) -> str:
+    """nan, inf or -inf: the first of these that a tensor holds."""
+    if tensor.isnan().any():
+        return "nan"
+    return "inf" if tensor.isposinf().any() else "-inf"
