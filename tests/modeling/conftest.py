@@ -10,29 +10,31 @@ from hylo.modeling import HyloConfig, HyloForCausalLM
 
 
 def tiny_config(mixers: list[str], **changes: Any) -> HyloConfig:
-    return HyloConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=len(mixers),
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        mixers=mixers,
-        kv_lora_rank=20,
-        q_lora_rank=24,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=8,
-        v_head_dim=16,
-        gdn_num_heads=2,
-        gdn_head_dim=12,
-        mamba_d_state=12,
-        mamba_head_dim=16,
-        mamba_num_heads=4,
-        mamba_d_inner=64,
-        mamba_d_xb=32,
-        **{"initializer_range": 0.2, "pad_token_id": 0, **changes},
-    )
+    sizes = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": len(mixers),
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "mixers": mixers,
+        "kv_lora_rank": 20,
+        "q_lora_rank": 24,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+        "gdn_num_heads": 2,
+        "gdn_head_dim": 12,
+        "mamba_d_state": 12,
+        "mamba_head_dim": 16,
+        "mamba_num_heads": 4,
+        "mamba_d_inner": 64,
+        "mamba_d_xb": 32,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+    }
+    return HyloConfig(**{**sizes, **changes})
 
 
 def tiny_model(mixers: list[str], **changes: Any) -> HyloForCausalLM:

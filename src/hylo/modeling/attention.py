@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from hylo.modeling.configuration import HyloConfig
-from hylo.modeling.documents import Documents, pack, split_documents, unpack
+from hylo.modeling.documents import Visible, pack, unpack
 from hylo.modeling.rope import rotate
 from hylo.ops.latent_attention import attend
 
@@ -59,17 +59,16 @@ class Attention(nn.Module):
     def forward(
         self,
         hidden_states_BTD: Tensor,
-        attention_mask: Tensor | Documents | None,
+        attention_mask: Visible | None,
         rotary: dict[str, tuple[Tensor, Tensor]],
         past_key_values: Cache | None = None,
     ) -> Tensor:
-        """attention_mask: as scaled_dot_product_attention takes it (None: causal), or documents of packed rows."""
-        mask, documents = split_documents(attention_mask)
+        mask, padding, documents, filled = attention_mask or Visible()
         q, k, v = self.project(pack(hidden_states_BTD, documents), rotary["attention"])
         if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+            k, v = (t[:, :, :filled] for t in past_key_values.update(k, v, self.layer_idx))
         lengths = None if documents is None else documents.lengths
-        o = attend(q, k, v, mask, self.head_dim**-0.5, lengths)
+        o = attend(q, k, v, mask, self.head_dim**-0.5, lengths, padding)
         return unpack(self.o_proj(o.transpose(1, 2).flatten(2)), documents)
 
     def project(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

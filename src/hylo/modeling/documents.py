@@ -1,8 +1,8 @@
 """Padding and packing, which are one thing to a linear block: a row of documents, one after the other, without padding.
 
 A padded batch is a document per row, its real tokens; a packed row is several. Linear blocks run over the real tokens
-alone (`pack`, `unpack`), with the documents' bounds. Attention takes a mask for padding, and packed rows document by
-document: no matrix of row by row.
+alone (`pack`, `unpack`), with the documents' bounds. Attention takes documents one by one, and padding (of cached rows,
+which stay rows) as which tokens are real: nobody makes a matrix of row by row.
 """
 
 from typing import NamedTuple
@@ -77,9 +77,13 @@ def find_documents(
     return Documents(torch.cat((counts.new_zeros(1), counts.cumsum(0))), tokens, (B, T), packed=False)
 
 
-def split_documents(attention_mask: Tensor | Documents | None) -> tuple[Tensor | None, Documents | None]:
-    """What attention is given in place of a mask: (mask, documents), one of them None."""
-    return (None, attention_mask) if isinstance(attention_mask, Documents) else (attention_mask, None)
+class Visible(NamedTuple):
+    """What queries see, to an attention layer; without any of these, the tokens up to their own."""
+
+    mask: Tensor | None = None  # (B,H,T,S) or what broadcasts to it, in place of causality
+    padding_BS: Tensor | None = None  # boolean, True on real tokens
+    documents: Documents | None = None
+    filled: int | None = None  # how many tokens of a cache with room for more
 
 
 def pack(x_BTD: Tensor, documents: Documents | None) -> Tensor:

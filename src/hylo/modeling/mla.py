@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from hylo.modeling.attention import GivesWeights, RMSNorm, inverse_rms
 from hylo.modeling.configuration import HyloConfig
-from hylo.modeling.documents import Documents, pack, split_documents, unpack
+from hylo.modeling.documents import Visible, pack, unpack
 from hylo.modeling.rope import mla_rope_key, rotate
 from hylo.ops.latent_attention import absorbed_latent_attention, expanded_latent_attention
 
@@ -51,12 +51,11 @@ class MultiHeadLatentAttention(nn.Module):
     def forward(
         self,
         hidden_states_BTD: Tensor,
-        attention_mask: Tensor | Documents | None,
+        attention_mask: Visible | None,
         rotary: dict[str, tuple[Tensor, Tensor]],
         past_key_values: Cache | None = None,
     ) -> Tensor:
-        """attention_mask: as scaled_dot_product_attention takes it (None: causal), or documents of packed rows."""
-        mask, documents = split_documents(attention_mask)
+        mask, padding, documents, filled = attention_mask or Visible()
         x = pack(hidden_states_BTD, documents)
         B, T, _ = x.shape
         q = self.q_b_proj(self.q_a_proj(x)).view(B, T, -1, self.qk_head_dim)
@@ -76,17 +75,17 @@ class MultiHeadLatentAttention(nn.Module):
         latent = latent[:, None]
         if past_key_values is not None:
             values = key_rope if key_scale is None else torch.cat((key_rope, key_scale.transpose(1, 2)[:, None]), -1)
-            latent, values = past_key_values.update(latent, values, self.layer_idx)
+            latent, values = (t[:, :, :filled] for t in past_key_values.update(latent, values, self.layer_idx))
             key_rope = values[..., : self.rope]
             if key_scale is not None:
                 key_scale = values[:, 0, :, self.rope :].transpose(1, 2)
         tensors = q, latent[:, 0], key_rope[:, 0], up_weight, up_bias
         scale = self.qk_head_dim**-0.5
         if past_key_values is not None and T == 1:
-            o = absorbed_latent_attention(*tensors, self.num_kv_heads, scale, mask, key_scale)
+            o = absorbed_latent_attention(*tensors, self.num_kv_heads, scale, mask, key_scale, padding)
         else:
             lengths = None if documents is None else documents.lengths
-            o = expanded_latent_attention(*tensors, self.num_kv_heads, scale, mask, key_scale, lengths)
+            o = expanded_latent_attention(*tensors, self.num_kv_heads, scale, mask, key_scale, lengths, padding)
         return unpack(self.o_proj(o.transpose(1, 2).flatten(2)), documents)
 
     def inverse_key_rms(

@@ -19,7 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 from hylo.modeling.attention import Attention, RMSNorm
 from hylo.modeling.cache import LinearCache, new_cache
 from hylo.modeling.configuration import CACHE_KIND, RELEASED, HyloConfig
-from hylo.modeling.documents import Documents, find_documents, pack
+from hylo.modeling.documents import Documents, Visible, find_documents, pack
 from hylo.modeling.gated_deltanet import GatedDeltaNet
 from hylo.modeling.mamba2 import GroupedRMSNorm, Mamba2
 from hylo.modeling.mla import MultiHeadLatentAttention
@@ -31,7 +31,7 @@ MIXER_CLASSES = {
     "gated_deltanet": GatedDeltaNet,
     "mamba2": Mamba2,
 }
-LayerMasks = dict[str, Tensor | Documents | None]
+LayerMasks = dict[str, Documents | Visible | None]  # by layer type
 Rotary = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -196,8 +196,8 @@ class HyloModel(HyloPreTrainedModel):
                 raise ValueError("linear blocks take a padding mask (batch, tokens); a 4-D mask cannot be followed")
             masks["linear_attention"] = documents
         if "full_attention" in self.config.layer_types:
-            if documents is not None and documents.packed:
-                masks["full_attention"] = documents
+            if documents is not None and (documents.packed or past_key_values is None):
+                masks["full_attention"] = Visible(documents=documents)
                 if position_ids is None:
                     position_ids = documents.positions().to(hidden_states_BTD.device)
                 else:
@@ -205,15 +205,31 @@ class HyloModel(HyloPreTrainedModel):
             else:
                 if position_ids is None:
                     position_ids = _positions(hidden_states_BTD, attention_mask, past_key_values)
-                # Without position_ids, in which transformers would look for packed documents again.
-                masks["full_attention"] = create_causal_mask(
-                    config=self.config,
-                    inputs_embeds=hidden_states_BTD,
-                    attention_mask=attention_mask,
-                    past_key_values=past_key_values,
-                )
+                masks["full_attention"] = self._visible(hidden_states_BTD, attention_mask, past_key_values)
             rotary = self.rope(hidden_states_BTD, position_ids)
         return {"attention_mask": masks, "rotary": rotary, "past_key_values": past_key_values}
+
+    def _visible(
+        self, hidden_states_BTD: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None
+    ) -> Visible:
+        """Causality and padding are told as such, so that nobody makes a mask of queries by tokens. Caches with room
+        for tokens to come, and masks that are given with four dimensions, go through transformers' own."""
+        T, roomy = hidden_states_BTD.shape[1], past_key_values is not None and past_key_values.is_compileable
+        if not roomy:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            if attention_mask is None or attention_mask.shape[1:] == (past + T,):
+                if attention_mask is None or attention_mask.all():
+                    return Visible()
+                return Visible(padding_BS=attention_mask.bool())
+        # Without position_ids, in which transformers would look for packed documents again.
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden_states_BTD,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+        )
+        first = roomy and mask is None and T > 1  # or there would be a mask, to hide the room
+        return Visible(mask=mask, filled=T if first else None)
 
     def rope(self, hidden_states: Tensor, position_ids_BT: Tensor) -> Rotary:
         """cos and sin (B,T,width) for the kinds of attention that this model has: "attention", `mla_rope_key`."""
