@@ -10,7 +10,6 @@ the gradients that it returns, measured in a process of its own. Peers that are 
 """
 
 import argparse
-import os
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -22,7 +21,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from hylo.ops import hidden_state_divergence
+from hylo.ops import hidden_state_divergence, kernels
 
 GIB = measure.GIB
 KINDS = ("forward_kl", "reverse_kl", "jsd")
@@ -36,11 +35,11 @@ def hylo(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Ten
 
 
 def hylo_torch(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor, kind: str) -> Tensor:
-    os.environ["HYLO_KERNELS"] = "torch"
+    forced, kernels.FORCED = kernels.FORCED, "torch"
     try:
         return hylo(hidden, head, teacher_hidden, teacher_head, kind)
     finally:
-        del os.environ["HYLO_KERNELS"]
+        kernels.FORCED = forced
 
 
 def full_logits(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor, kind: str) -> Tensor:

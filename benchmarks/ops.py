@@ -59,6 +59,7 @@ class StateSpace(NamedTuple):
 Case = GatedDelta | StateSpace
 GATED_DELTA = [GatedDelta(4, 64, 64), GatedDelta(16, 128, 128), GatedDelta(6, 256, 512)]
 STATE_SPACE = [StateSpace(32, 8, 64, 64), StateSpace(24, 8, 128, 128)]  # Llama-3.2-1B's and 3B's
+PEERS_UP_TO = 1 << 24  # numbers in the output
 PEERS = {GatedDelta: ["transformers"], StateSpace: ["transformers", "transformers, chunks of 64"]}
 
 
@@ -145,11 +146,12 @@ def _ssd(which: str, t: dict[str, Tensor]) -> Tensor:
 FORWARD: dict[type, Callable[[str, dict[str, Tensor]], Tensor]] = {GatedDelta: _gated_delta, StateSpace: _ssd}
 
 
-def train_rows(case: Case, lengths: list[int], threads: int) -> list[dict[str, Any]]:
-    """Seconds and bytes of every implementation at every length."""
+def train_rows(case: Case, lengths: list[int], threads: int, all_peers: bool = False) -> list[dict[str, Any]]:
+    """Seconds and bytes of every implementation at every length, of peers where that is no matter of minutes."""
     rows = []
     for length in lengths:
-        names = ["hylo", *PEERS[type(case)]]
+        width = case.value if isinstance(case, GatedDelta) else case.width
+        names = ["hylo", *(PEERS[type(case)] if all_peers or length * case.heads * width <= PEERS_UP_TO else ())]
         functions = {name: run_of(name, case, length) for name in names}
         repeats = 15 if length <= 64 else 7 if length <= 1024 else 3 if length <= 4096 else 1  # minutes, for a peer
         seconds = measure.medians(measure.seconds(functions, repeats, warmup=1 if length <= 4096 else 0))
@@ -186,6 +188,8 @@ def targets(training: list[dict[str, Any]], growths: list[dict[str, Any]], steps
         say(row["ratio"] <= GROWTH, f"{text} (at most {GROWTH})")
     for row in training:
         peers = {name: value for name, value in row["seconds"].items() if name != "hylo"}
+        if not peers:
+            continue
         faster = min(peers.values()) / row["seconds"]["hylo"]
         least = FASTER if row["case"] == str(GATED_DELTA[2]) and row["length"] == FASTER_AT else 1.0
         say(faster >= least, f"{row['case']}, {row['length']} tokens: {faster:.2f} times as fast (at least {least:g})")
@@ -201,13 +205,14 @@ def targets(training: list[dict[str, Any]], growths: list[dict[str, Any]], steps
 def report(console: Console, training: list[dict[str, Any]], steps: list[dict[str, Any]]) -> None:
     for case in dict.fromkeys(row["case"] for row in training):
         own = [row for row in training if row["case"] == case]
-        names = list(own[0]["seconds"])
+        names = list(max(own, key=lambda row: len(row["seconds"]))["seconds"])
         table = []
         for row in own:
             cells = [str(row["length"])]
             for name in names:
-                cells.append(f"{1e6 * row['seconds'][name] / row['length']:.1f}")
-                cells.append(f"{row['bytes'][name] / 2**20:.0f}")
+                measured = name in row["seconds"]
+                cells.append(f"{1e6 * row['seconds'][name] / row['length']:.1f}" if measured else "")
+                cells.append(f"{row['bytes'][name] / 2**20:.0f}" if measured else "")
             table.append(cells)
         columns = ["tokens", *(column for name in names for column in (f"{name}, us/token", "MiB"))]
         measure.print_table(console, f"{case}: forward and backward", columns, table)
@@ -221,6 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
     parts = ["gated-delta", "step", "ssd", "latent"]
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
+    parser.add_argument("--all-peers", action="store_true", help="at the longest lengths too: minutes for each")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
@@ -232,7 +238,7 @@ def main(arguments: list[str] | None = None) -> None:
     training, growths, steps = [], [], []
     for case in cases:
         console.print(f"{case} ...")
-        training += train_rows(case, lengths, options.threads)
+        training += train_rows(case, lengths, options.threads, options.all_peers)
         if max(lengths) > min(lengths):
             growths.append(growth(case, *((SHORT, LONG) if LONG in lengths else (min(lengths), max(lengths)))))
     if "step" in options.only:

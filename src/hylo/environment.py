@@ -2,7 +2,6 @@
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -27,9 +26,9 @@ def describe() -> dict[str, Any]:
     gpu = torch.cuda.is_available()
     if kernels.FORCED == "fla" and not gpu:
         raise HyloError("HYLO_KERNELS=fla needs a GPU, and torch sees none; set it to torch, or unset it")
-    fla = gpu and kernels.INSTALLED and kernels.FORCED != "torch"
-    recurrences = f"flash-linear-attention {_version('flash-linear-attention')}" if fla else "torch"
-    triton = gpu and find_spec("triton") is not None and kernels.FORCED != "torch"
+    device = torch.device("cuda" if gpu else "cpu")
+    fla = f"flash-linear-attention {_version('flash-linear-attention')}"
+    recurrences = fla if kernels.runs_fla(device) else "torch"
     return {
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"],
@@ -40,7 +39,7 @@ def describe() -> dict[str, Any]:
             "ssd": recurrences,
             "latent_attention": "torch",
             "short_conv": "torch",
-            "divergence": f"triton {_version('triton')}" if triton else "torch",
+            "divergence": f"triton {_version('triton')}" if kernels.runs_triton(device) else "torch",
         },
     }
 

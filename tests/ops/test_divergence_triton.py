@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from hylo.ops import kernels
 from hylo.ops.head_tiles import row_kernels
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
@@ -30,24 +31,21 @@ def test_importing_hylo_leaves_the_kernels_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "variable", "kernels"),
+    ("device", "dtype", "forced", "used"),
     [
-        ("cuda", torch.bfloat16, None, True),
+        ("cuda", torch.bfloat16, "", True),
         ("cuda", torch.float32, "fla", True),
         ("cuda", torch.float32, "torch", False),
-        ("cuda", torch.float64, None, False),
-        ("cpu", torch.float32, None, False),
+        ("cuda", torch.float64, "", False),
+        ("cpu", torch.float32, "", False),
     ],
 )
 @needs_triton
 def test_kernels_are_for_gpus(
-    device: str, dtype: torch.dtype, variable: str | None, kernels: bool, monkeypatch: pytest.MonkeyPatch
+    device: str, dtype: torch.dtype, forced: str, used: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if variable is None:
-        monkeypatch.delenv("HYLO_KERNELS", raising=False)
-    else:
-        monkeypatch.setenv("HYLO_KERNELS", variable)
+    monkeypatch.setattr(kernels, "FORCED", forced)
     monkeypatch.setitem(sys.modules, "hylo.ops.divergence_triton", SimpleNamespace())  # not to import triton here
     monkeypatch.setattr("hylo.ops.divergence_triton", sys.modules["hylo.ops.divergence_triton"], raising=False)
     tensor: Any = SimpleNamespace(device=torch.device(device), dtype=dtype)
-    assert (row_kernels(tensor) is not None) == kernels
+    assert (row_kernels(tensor) is not None) == used

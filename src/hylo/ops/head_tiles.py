@@ -5,13 +5,13 @@ multiplied back, so that neither they nor their softmax is ever there as a whole
 """
 
 import math
-import os
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from hylo.ops.kernels import runs_triton
 
 TILE_BYTES = 2**29  # all of a tile's (tokens, V) buffers together
 TILE_ROWS = 512  # tokens to a tile: every tile reads the heads anew, and adds to the head's gradient,
@@ -55,13 +55,8 @@ def core_dtype(product: torch.dtype) -> torch.dtype:
 
 
 def row_kernels(hidden: Tensor) -> ModuleType | None:
-    """hylo.ops.divergence_triton where its kernels are to be used: on a GPU with Triton, but for float64.
-
-    HYLO_KERNELS=torch keeps to torch.
-    """
-    if hidden.device.type != "cuda" or product_dtype(hidden) == torch.float64 or find_spec("triton") is None:
-        return None
-    if os.environ.get("HYLO_KERNELS") == "torch":
+    """hylo.ops.divergence_triton where its kernels are to be used: on a GPU with Triton, but for float64."""
+    if not runs_triton(hidden.device) or product_dtype(hidden) == torch.float64:
         return None
     from hylo.ops import divergence_triton
 

@@ -1,7 +1,8 @@
-"""Which code runs the recurrences: torch's operations, or flash-linear-attention's kernels on a GPU.
+"""Which code runs an operation: torch's operations, or kernels on a GPU.
 
-The kernels (MIT, https://github.com/fla-org/flash-linear-attention, version 0.6 or later) run where the package is
-installed and tensors are on CUDA or ROCm. HYLO_KERNELS=torch keeps them out, HYLO_KERNELS=fla insists on them.
+For the recurrences these are flash-linear-attention's (MIT, https://github.com/fla-org/flash-linear-attention, version
+0.6 or later), where that is installed; for losses from hidden states this package's own, where Triton is. They run on
+CUDA and ROCm. HYLO_KERNELS=torch keeps both out, HYLO_KERNELS=fla insists on flash-linear-attention.
 """
 
 import os
@@ -35,15 +36,26 @@ def check_choice() -> None:
         raise KernelsError("HYLO_KERNELS=fla needs flash-linear-attention; pip install hylo[cuda], or unset it")
 
 
+def runs_fla(device: torch.device) -> bool:
+    """Whether flash-linear-attention's kernels run on a device."""
+    return FORCED != "torch" and INSTALLED and device.type == "cuda"  # ROCm's devices are called so too
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether this package's own Triton kernels run on a device."""
+    return FORCED != "torch" and device.type == "cuda" and find_spec("triton") is not None
+
+
 def fla_kernel(name: str, tensor: Tensor) -> Callable[..., Any] | None:
     """flash-linear-attention's function of that name if it should run where `tensor` is; None: torch's operations.
 
     float64 always stays with torch. Raises KernelsError if HYLO_KERNELS insists on what cannot be.
     """
-    on_gpu = tensor.device.type == "cuda"  # ROCm's devices are called so too
-    if tensor.dtype == torch.float64 or FORCED == "torch" or (not FORCED and not (on_gpu and INSTALLED)):
+    if tensor.dtype == torch.float64 or FORCED == "torch":
         return None
-    check_choice()
-    if not on_gpu:
+    if runs_fla(tensor.device):
+        return getattr(import_module(MODULES[name]), name)
+    if FORCED:
+        check_choice()
         raise KernelsError(f"HYLO_KERNELS=fla needs tensors on a GPU, got {tensor.device}; unset it")
-    return getattr(import_module(MODULES[name]), name)
+    return None
