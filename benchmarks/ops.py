@@ -10,6 +10,7 @@ import argparse
 import inspect
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ LENGTHS = (64, 128, 512, 4096, 16384)
 SHORT, LONG = 512, 16384  # between which time a token may grow by 15 %
 GROWTH = 1.15
 FASTER_AT, FASTER = 4096, 4.0  # than transformers, for six heads of 256/512
-STEP_FASTER = 1.5
+STEP_FASTER, TOKENS = 1.5, 20
 
 
 class GatedDelta(NamedTuple):
@@ -171,9 +172,16 @@ def growth(case: Case, short: int, long: int, repeats: int = 3) -> dict[str, Any
 
 
 @torch.no_grad()
-def step_row(case: Case, repeats: int = 300) -> dict[str, Any]:
-    functions = {name: step_of(name, case) for name in ("hylo", "transformers")}
-    return {"case": str(case), "seconds": measure.medians(measure.seconds(functions, repeats, warmup=20))}
+def step_row(case: Case, repeats: int = 50) -> dict[str, Any]:
+    """Seconds a token, of some tokens after each other as decoding has them."""
+    functions = {name: partial(_repeat, step_of(name, case)) for name in ("hylo", "transformers")}
+    seconds = measure.medians(measure.seconds(functions, repeats, warmup=5))
+    return {"case": str(case), "seconds": {name: value / TOKENS for name, value in seconds.items()}}
+
+
+def _repeat(step: Callable[[], Any]) -> None:
+    for _ in range(TOKENS):
+        step()
 
 
 def targets(training: list[dict[str, Any]], growths: list[dict[str, Any]], steps: list[dict[str, Any]]) -> list[str]:

@@ -1,5 +1,7 @@
 """What an operation says when its arguments do not fit together: which argument, what it got, what it expected."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -52,3 +54,9 @@ def check_sequences(operation: str, tokens: Tensor, state: Tensor | None, cu_seq
         of = "rows" if cu_seqlens is None else "documents in cu_seqlens"
         raise ValueError(f"{operation}: initial_state holds {len(state)} states, expected {count}, the number of {of}")
     return count
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
+    """Where an operation chooses its types itself; entering autocast for nothing would cost a decoded token."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -179,12 +179,13 @@ class StateScan:
     """The states of a recurrence over chunks: `before()` a step, then `after(decay)` it, which the step's writes go to.
 
     `last` (M,...), the first states of all sequences and heads, longest sequence first, becomes the last ones in place;
-    `kept` (sum of steps,...), where a gradient will want them, takes the state before every step without a copy more.
+    `kept` (sum of steps,...), zeros, where a gradient will want them, takes the state before every step without a copy
+    more. from_zero: the first states are zeros.
     """
 
-    def __init__(self, last: Tensor, steps: list[int], kept: Tensor | None) -> None:
+    def __init__(self, last: Tensor, steps: list[int], kept: Tensor | None, from_zero: bool = False) -> None:
         self.last, self.steps, self.kept, self.step, self.stop = last, steps, kept, 0, 0
-        if kept is not None and steps:
+        if kept is not None and steps and not from_zero:
             kept[: steps[0]] = last[: steps[0]]
 
     def before(self) -> Tensor:

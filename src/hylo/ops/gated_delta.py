@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hylo.ops.checks import check_multiple, check_sequences, check_tensors
+from hylo.ops.checks import check_multiple, check_sequences, check_tensors, without_autocast
 from hylo.ops.chunks import Chunks, Segment, StateScan, decay_gradient, decays, kept_chunks, make_chunks
 from hylo.ops.kernels import fla_kernel
 
@@ -56,7 +56,7 @@ def gated_delta_rule(
     check_multiple("gated_delta_rule", sizes, "Hv", "Hk")
     sequences = check_sequences("gated_delta_rule", v, initial_state, cu_seqlens)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
-    with torch.autocast(v.device.type, enabled=False):
+    with without_autocast(v):
         decoding = v.shape[1] == 1 and cu_seqlens is None
         recurrent = decoding and not torch.is_grad_enabled()  # flash-linear-attention's has no gradient
         if kernel := fla_kernel("fused_recurrent_gated_delta_rule" if recurrent else "chunk_gated_delta_rule", v):
@@ -138,18 +138,20 @@ def _step(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, scale: float, use_qk_l2norm: bool
 ) -> tuple[Tensor, Tensor]:
     """One token: (B,1,H,.) and the state (B,H,K,V), which is read twice and written twice, whatever is asked of it."""
-    kq = torch.cat((k, q), dim=1).to(state.dtype)
+    (B, H, K, V), core = state.shape, state.dtype
+    kq = torch.stack((k[:, 0], q[:, 0]), dim=2).to(core)
     if use_qk_l2norm:
         kq = l2norm(kq)
-    if (repeats := v.shape[2] // k.shape[2]) > 1:
-        kq = kq.repeat_interleave(repeats, 2)
-    kq = kq.transpose(1, 2)  # (B,H,2,K)
-    decay = g.to(state.dtype).exp().transpose(1, 2)[..., None]
-    k, q = kq.split(1, dim=2)
-    read_k, read_q = ((kq @ state) * decay).split(1, dim=2)
-    write = beta.to(state.dtype).transpose(1, 2)[..., None] * (v.to(state.dtype).transpose(1, 2) - read_k)
-    o = torch.addcmul(read_q, k @ q.transpose(2, 3), write) * scale
-    return o.transpose(1, 2).to(v.dtype), (state * decay).addcmul_(k.transpose(2, 3), write)
+    if H != kq.shape[1]:
+        kq = kq.repeat_interleave(H // kq.shape[1], 1)
+    kq = kq.flatten(0, 1)  # (B*H,2,K)
+    k, q = kq[:, :1], kq[:, 1:]
+    decay, state = g.to(core).exp().reshape(-1, 1, 1), state.flatten(0, 1)
+    read = torch.bmm(kq, state) * decay
+    write = (v.to(core).reshape(-1, 1, V) - read[:, :1]) * beta.to(core).reshape(-1, 1, 1)
+    o = torch.addcmul(read[:, 1:], (k * q).sum(-1, keepdim=True), write) * scale
+    state = (state * decay).addcmul_(k.transpose(1, 2), write)
+    return o.view(B, 1, H, V).to(v.dtype), state.view(B, H, K, V)
 
 
 class _Inside(NamedTuple):
@@ -200,9 +202,11 @@ def _chunked(
     few = len(chunks.steps) <= FEW
     core, C, H, (K, V) = state.dtype, chunks.length, v.shape[2], state.shape[2:]
     M = sum(chunks.steps) * H if keeping else 0
-    writes, inverses, states = (v.new_empty(M, *shape, dtype=core) for shape in ((C, V), (C, C), (K, V)))
-    last = chunks.ordered(state).flatten(0, 1)
-    scan = StateScan(last, [n * H for n in chunks.steps], states if keeping else None)
+    writes, inverses = (v.new_empty(M, *shape, dtype=core) for shape in ((C, V), (C, C)))
+    states = v.new_zeros(M, K, V, dtype=core)  # untouched, zeros take no memory
+    last = torch.zeros_like(state) if from_zero else chunks.ordered(state)
+    last = last.flatten(0, 1)
+    scan = StateScan(last, [n * H for n in chunks.steps], states if keeping else None, from_zero)
     o = torch.empty_like(v)
     for segment in chunks.segments(_chunk_bytes(C, H, K, V, core), v.device):
         inside = _inside(q, k, v, g, beta, scale, use_qk_l2norm, chunks, segment, core)
@@ -252,10 +256,9 @@ def _chunked_backward(
     core, C, H, (K, V) = writes.dtype, chunks.length, v.shape[2], all_states.shape[1:]
     gradients = [torch.empty_like(t) for t in (q, k, v, g, beta)]
     few, left_state = len(chunks.steps) <= FEW, grad_last is not None
-    if grad_last is None:
-        sequences = len(v) if cu_seqlens is None else len(cu_seqlens) - 1
-        grad_last = writes.new_zeros(sequences, H, K, V)
-    dS_all = chunks.ordered(grad_last).flatten(0, 1)
+    sequences = len(v) if cu_seqlens is None else len(cu_seqlens) - 1
+    dS_all = writes.new_zeros(sequences, H, K, V) if grad_last is None else chunks.ordered(grad_last)
+    dS_all = dS_all.flatten(0, 1)
     for segment in reversed(list(chunks.segments(_chunk_bytes(C, H, K, V, core), v.device))):
         here = slice(segment.start * H, segment.stop * H)
         U, inverse, states = writes[here], inverses[here], all_states[here]
@@ -280,6 +283,7 @@ def _chunked_backward(
                 dS.mul_(inside.whole[now]).baddbmm_(reading_T[now, :, :C], dR[now])
                 dS.baddbmm_(reading_T[now, :, C:], do[now])
             stop = start
+        del reading_T, writing, dU
         first = chunks.steps[0] * H if few and from_zero and segment.first_step == 0 else 0
         parts = _inside_gradients(inside, U, states, do, dR, d_writing, d_whole, first, scale, use_qk_l2norm)
         for gradient, part in zip(gradients, parts, strict=True):
@@ -406,6 +410,7 @@ def _inside_gradients(
     d_read = torch.zeros_like(kq)  # of reading * kq
     torch.bmm(d_both[first:], states[first:].transpose(1, 2), out=d_read[first:])
     d_products = d_both @ U.transpose(1, 2)
+    del d_both
     d_system = d_products[:, :C].mul_(between).tril_(-1).neg_()  # before beta, after D
     d_products[:, C:].mul_(between)
 

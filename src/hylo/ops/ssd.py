@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hylo.ops.checks import check_multiple, check_sequences, check_tensors
+from hylo.ops.checks import check_multiple, check_sequences, check_tensors, without_autocast
 from hylo.ops.chunks import Chunks, Segment, StateScan, decay_gradient, decays, kept_chunks, make_chunks
 from hylo.ops.kernels import fla_kernel
 
@@ -58,7 +58,7 @@ def ssd(
     )
     check_multiple("ssd", sizes, "H", "G")
     sequences = check_sequences("ssd", x, initial_state, cu_seqlens)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         core = torch.float64 if x.dtype == torch.float64 else torch.float32
         dt, g = _rates(dt, A_log, dt_bias, core)
         decoding = x.shape[1] == 1 and cu_seqlens is None
@@ -119,17 +119,18 @@ def _rates(dt: Tensor, A_log: Tensor, dt_bias: Tensor | None, core: torch.dtype)
 def _step(
     x: Tensor, dt: Tensor, g: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token: (B,1,G or H,.) and the state (B,H,P,N)."""
-    repeats = C.shape[2] // x.shape[2]
-    x_, B_, C_ = (t[:, 0].to(state.dtype) for t in (x, B, C))
-    if repeats > 1:
-        x_, B_ = x_.repeat_interleave(repeats, 1), B_.repeat_interleave(repeats, 1)
-    decay, write = g[:, 0, :, None, None].exp(), dt[:, 0, :, None] * x_
-    read = (state @ C_[..., None] * decay)[..., 0]
-    y = torch.addcmul(read, (B_ * C_).sum(-1, keepdim=True), write)
+    """One token: (B,1,G or H,.) and the state (B,H,P,N), which is read twice and written twice. The R heads of a group
+    are rows of one product."""
+    (batch, H, P, N), G, core = state.shape, x.shape[2], state.dtype
+    R = H // G
+    x_, B_, C_ = (t.to(core).reshape(batch, G, -1, t.shape[-1]) for t in (x, B, C))  # (B,G,1,P), (B,G,1,N), (B,G,R,N)
+    decay, write = g.exp().reshape(batch * H, 1, 1), dt.reshape(batch, G, R, 1) * x_
+    read = torch.bmm(state.flatten(0, 1), C_.reshape(-1, N, 1)) * decay
+    y = torch.addcmul(read.view(batch, G, R, P), (B_ * C_).sum(-1, keepdim=True), write)
     if D is not None:
-        y = torch.addcmul(y, D.to(y.dtype)[:, None], x_)
-    return y[:, None].to(x.dtype), (state * decay).addcmul_(write[..., None], B_[:, :, None])
+        y = torch.addcmul(y, D.to(core).view(G, R, 1), x_)
+    state = (state.flatten(0, 1) * decay).view(batch, G, R * P, N)
+    return y.view(batch, 1, H, P).to(x.dtype), state.addcmul_(write.view(batch, G, R * P, 1), B_).view(batch, H, P, N)
 
 
 def _through_fla(
