@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from largest import Largest
 from transformers import StaticCache
 
 from hylo.modeling import HyloForCausalLM
@@ -26,21 +25,6 @@ MODELS: dict[str, tuple[list[str], dict[str, Any]]] = {
 def model(request: pytest.FixtureRequest, make_model: Callable[..., HyloForCausalLM]) -> HyloForCausalLM:
     mixers, changes = MODELS[request.param]
     return make_model(mixers, **changes)
-
-
-class Largest(TorchDispatchMode):
-    """The most elements of any tensor that is made inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, Tensor):
-                self.numel = max(self.numel, tensor.untyped_storage().nbytes() // max(1, tensor.element_size()))
-        return out
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from largest import Largest
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hylo.ops import absorbed_latent_attention, expanded_latent_attention
 from hylo.ops.latent_attention import attend, naive_attend
@@ -172,21 +172,6 @@ def test_absorbed_is_as_exact_as_expanded(dtype: torch.dtype, with_scale: bool) 
         assert o.dtype == dtype
         errors.append(float((o - exact).norm() / exact.norm()))
     assert errors[0] < 1.5 * errors[1] and errors[1] < (1e-6 if dtype == torch.float32 else 0.02)
-
-
-class Largest(TorchDispatchMode):
-    """The most elements of any tensor that is made inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, Tensor):
-                self.numel = max(self.numel, tensor.untyped_storage().nbytes() // max(1, tensor.element_size()))
-        return out
 
 
 def cases() -> Iterator[tuple[str, int, bool]]:

@@ -296,47 +296,19 @@ def _chunked_backward(
 
 
 @_chunked.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor,
-    scale: float,
-    use_qk_l2norm: bool,
-    cu_seqlens: Tensor | None,
-    keeping: bool,
-    from_zero: bool,
-    leaves_state: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    M, C = kept_chunks(v, cu_seqlens, CHUNK, keeping)
-    K, V = state.shape[2:]
-    writes, inverses, states = (state.new_empty(M * v.shape[2], *shape) for shape in ((C, V), (C, C), (K, V)))
-    return torch.empty_like(v), torch.empty_like(state), writes, inverses, states
+def _(*inputs: Any) -> tuple[Tensor, ...]:
+    _, _, v, _, _, state, _, _, cu_seqlens, keeping, *_ = inputs
+    (M, C), (K, V) = kept_chunks(v, cu_seqlens, CHUNK, keeping), state.shape[2:]
+    kept = [state.new_empty(M * v.shape[2], *shape) for shape in ((C, V), (C, C), (K, V))]
+    return torch.empty_like(v), torch.empty_like(state), *kept
 
 
 @_chunked_backward.register_fake
-def _(
-    grad_o: Tensor,
-    grad_last: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    writes: Tensor,
-    inverses: Tensor,
-    all_states: Tensor,
-    scale: float,
-    use_qk_l2norm: bool,
-    cu_seqlens: Tensor | None,
-    from_zero: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(*inputs: Any) -> tuple[Tensor, ...]:
+    _, _, q, k, v, g, beta, _, _, states, _, _, cu_seqlens, _ = inputs
     sequences = len(v) if cu_seqlens is None else len(cu_seqlens) - 1
-    state = all_states.new_empty(sequences, v.shape[2], *all_states.shape[1:])
-    dq, dk, dv, dg, dbeta = (torch.empty_like(t) for t in (q, k, v, g, beta))
-    return dq, dk, dv, dg, dbeta, state
+    state = states.new_empty(sequences, v.shape[2], *states.shape[1:])
+    return *(torch.empty_like(t) for t in (q, k, v, g, beta)), state
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

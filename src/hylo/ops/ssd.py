@@ -290,39 +290,20 @@ def _chunked_backward(
 
 
 @_chunked.register_fake
-def _(
-    x: Tensor,
-    dt: Tensor,
-    g: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    state: Tensor,
-    cu_seqlens: Tensor | None,
-    keeping: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(*inputs: Any) -> tuple[Tensor, ...]:
+    x, _, _, _, C, _, state, cu_seqlens, keeping = inputs
     chunks, _ = kept_chunks(x, cu_seqlens, CHUNK, keeping)
-    y = x.new_empty(*C.shape[:3], x.shape[3])
-    return y, torch.empty_like(state), state.new_empty(chunks * C.shape[2], *state.shape[2:])
+    states = state.new_empty(chunks * C.shape[2], *state.shape[2:])
+    return x.new_empty(*C.shape[:3], x.shape[3]), torch.empty_like(state), states
 
 
 @_chunked_backward.register_fake
-def _(
-    grad_y: Tensor,
-    grad_last: Tensor | None,
-    x: Tensor,
-    dt: Tensor,
-    g: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    kept: Tensor,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(*inputs: Any) -> tuple[Tensor, ...]:
+    _, _, x, dt, g, B, C, D, states, cu_seqlens = inputs
     sequences = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
-    dx, ddt, dg, dB, dC = (torch.empty_like(t) for t in (x, dt, g, B, C))
-    d_skip = torch.empty_like(D) if D is not None else kept.new_empty(0)
-    return dx, ddt, dg, dB, dC, d_skip, kept.new_empty(sequences, C.shape[2], *kept.shape[1:])
+    dD = states.new_empty(0) if D is None else torch.empty_like(D)
+    state = states.new_empty(sequences, C.shape[2], *states.shape[1:])
+    return *(torch.empty_like(t) for t in (x, dt, g, B, C)), dD, state
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
