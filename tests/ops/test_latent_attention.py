@@ -181,7 +181,7 @@ def cases() -> Iterator[tuple[str, int, bool]]:
                 yield kind, value_width, training
 
 
-@pytest.mark.parametrize(("kind", "value_width", "training"), cases())
+@pytest.mark.parametrize(("kind", "value_width", "training"), list(cases()))
 def test_no_matrix_of_queries_by_tokens(kind: str, value_width: int, training: bool) -> None:
     T = 5120
     past = 1024 if kind == "past" else 0
