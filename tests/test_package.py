@@ -3,7 +3,18 @@
 import subprocess
 import sys
 
-EXTRAS = ("fla", "lm_eval", "vllm", "tensorboard", "trackio", "wandb", "trl", "liger_kernel", "triton")
+# transformers itself imports triton where that is installed; our kernels come with the first tensor on a GPU.
+EXTRAS = (
+    "fla",
+    "lm_eval",
+    "vllm",
+    "tensorboard",
+    "trackio",
+    "wandb",
+    "trl",
+    "liger_kernel",
+    "hylo.ops.divergence_triton",
+)
 
 
 def test_the_core_imports_no_extra_and_registers_the_model() -> None:
