@@ -26,6 +26,8 @@ types: $(VENV)/.installed
 unit: $(VENV)/.installed
 	$(BIN)/pytest
 
+.PRECIOUS: $(VENV)/.transformers-%
+
 compatibility: $(OTHER_TRANSFORMERS:%=compatibility-%) compatibility-fla
 
 compatibility-fla: $(VENV)/.fla
