@@ -1,6 +1,5 @@
 """The divergence benchmark's own code, on a tiny geometry; peers that are not installed are said to be missing."""
 
-import importlib.util
 import io
 import json
 import subprocess
@@ -10,20 +9,15 @@ from types import ModuleType
 
 import pytest
 from rich.console import Console
+from scripts import SCRIPTS, script
 
-SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 TINY = ["--tokens", "40", "--vocabulary", "300", "--widths", "16", "24", "--repeats", "1", "--threads", "1"]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the benchmark reads /proc")
 
 
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    spec = importlib.util.spec_from_file_location("divergence_benchmark", SCRIPTS / "divergence.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
+    module = script("divergence", monkeypatch)
     # A process of its own for every row takes seconds; the last test starts one.
     monkeypatch.setattr(module, "memory", lambda arguments, threads: 2**29)
     return module

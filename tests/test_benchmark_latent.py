@@ -1,30 +1,22 @@
 """The benchmark of latent attention on sizes small enough for a test."""
 
-import importlib.util
 import io
 import json
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from scripts import script
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the benchmark reads /proc")
 
 
 @pytest.fixture
 def latent(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    spec = importlib.util.spec_from_file_location("latent", FOLDER / "latent.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "latent", module)
-    spec.loader.exec_module(module)
-    return module
+    return script("latent", monkeypatch)
 
 
 def test_everything_is_measured_and_reported(latent: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,28 +1,18 @@
 """benchmarks/ops.py and benchmarks/teacher_cache.py on sizes small enough for a test."""
 
-import importlib
 import io
 import json
 import sys
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from rich.console import Console
+from scripts import script
 
 from hylo.convert import convert
 from hylo.plan import make_plan
-
-SCRIPTS = Path(__file__).parents[1] / "benchmarks"
-
-
-def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script as `python benchmarks/NAME.py` finds it: with its folder on the path, and so importable elsewhere."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    sys.modules.pop(name, None)
-    return importlib.import_module(name)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the benchmark reads /proc")
