@@ -23,7 +23,7 @@ from hylo.modeling.documents import Documents, Visible, find_documents, pack
 from hylo.modeling.gated_deltanet import GatedDeltaNet
 from hylo.modeling.mamba2 import GroupedRMSNorm, Mamba2
 from hylo.modeling.mla import MultiHeadLatentAttention
-from hylo.modeling.rope import base_frequencies, cos_sin, mla_frequencies, mla_rope_key
+from hylo.modeling.rope import cos_sin, frequencies
 
 MIXER_CLASSES = {
     "attention": Attention,
@@ -233,14 +233,8 @@ class HyloModel(HyloPreTrainedModel):
 
     def rope(self, hidden_states: Tensor, position_ids_BT: Tensor) -> Rotary:
         """cos and sin (B,T,width) for the kinds of attention that this model has: "attention", `mla_rope_key`."""
-        rotary: Rotary = {}
-        if "attention" in self.config.mixers:
-            inv_freq, factor = base_frequencies(self.config)
-            rotary["attention"] = cos_sin(inv_freq, factor, position_ids_BT, hidden_states.dtype)
-        for i, mixer in enumerate(self.config.mixers):
-            if mixer == "mla" and (key := mla_rope_key(self.config, i)) not in rotary:
-                rotary[key] = cos_sin(*mla_frequencies(self.config, i), position_ids_BT, hidden_states.dtype)
-        return rotary
+        dtype = hidden_states.dtype
+        return {kind: cos_sin(*turns, position_ids_BT, dtype) for kind, turns in frequencies(self.config).items()}
 
 
 class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):

@@ -15,6 +15,17 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from hylo.modeling.configuration import HyloConfig
 
 
+def frequencies(config: HyloConfig) -> dict[str, tuple[Tensor, float]]:
+    """Inverse frequencies and the factor on cos and sin, by kind of attention: "attention", `mla_rope_key`."""
+    kinds: dict[str, tuple[Tensor, float]] = {}
+    if "attention" in config.mixers:
+        kinds["attention"] = base_frequencies(config)
+    for i, mixer in enumerate(config.mixers):
+        if mixer == "mla" and (key := mla_rope_key(config, i)) not in kinds:
+            kinds[key] = mla_frequencies(config, i)
+    return kinds
+
+
 def base_frequencies(config: HyloConfig) -> tuple[Tensor, float]:
     """Inverse frequencies (head_dim/2,) of the base's attention and the factor on cos and sin."""
     rope_type = config.rope_parameters["rope_type"]

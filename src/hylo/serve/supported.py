@@ -1,0 +1,43 @@
+"""Which hybrids vLLM can serve: what its attention cannot express is refused before anything is loaded."""
+
+from hylo.errors import HyloError
+from hylo.modeling.configuration import HyloConfig
+
+
+def check_servable(config: HyloConfig, tensor_parallel: int = 1) -> None:
+    """Raises HyloError for a hybrid, or a number of devices to cut it into, that the plugin does not serve."""
+    if {"attention", "mla"} <= set(config.mixers):
+        raise HyloError("MLA and the base's attention in one model cannot share vLLM's cache; keep one of the two")
+    if "mla" in config.mixers and config.qk_norm and config.mla_k_norm == "exact":
+        raise HyloError(
+            "MLA with Qwen3's exact key norm has no kernel in vLLM; convert with --k-norm folded --calibrate TEXT"
+        )
+    for figure, number in _cut_figures(config).items():
+        if number % tensor_parallel and not (figure == "num_key_value_heads" and tensor_parallel % number == 0):
+            fits = ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+            raise HyloError(f"{figure} is {number}, which {tensor_parallel} devices cannot share; choose among {fits}")
+
+
+def _cut_figures(config: HyloConfig) -> dict[str, int]:
+    """What tensor parallelism cuts, by the mixers at hand."""
+    figures = {"intermediate_size": config.intermediate_size}
+    if {"attention", "mla"} & set(config.mixers):
+        figures["num_attention_heads"] = config.num_attention_heads
+    if "attention" in config.mixers:
+        figures["num_key_value_heads"] = config.num_key_value_heads
+    if "gated_deltanet" in config.mixers:
+        figures["gdn_num_heads"] = config.gdn_num_heads
+    if "mamba2" in config.mixers:
+        figures["mamba_num_heads"] = config.mamba_num_heads
+        figures["mamba_d_xb / mamba_head_dim"] = config.mamba_d_xb // config.mamba_head_dim
+    return figures
+
+
+def served_rank(config: HyloConfig) -> int:
+    """kv_lora_rank in the engine, whose layers must agree: the largest, to which the others are padded with zeros."""
+    return max(config.kv_rank(i) for i, mixer in enumerate(config.mixers) if mixer == "mla")
+
+
+def cached_width(config: HyloConfig) -> int:
+    """Values that an MLA layer caches per token in the engine: the latent and the rotated key."""
+    return served_rank(config) + config.qk_rope_head_dim
