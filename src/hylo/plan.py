@@ -9,19 +9,34 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedConfig
 
-from hylo.checkpoint import check_dtype, dtype_of, read_base_config
+from hylo.checkpoint import BASES, check_dtype, dtype_of, read_base_config
 from hylo.errors import HyloError
 from hylo.geometry import (
     cached_values_per_token,
     check_kv_ranks,
     complete_geometry,
+    default_geometry,
     extra_values_per_token,
     layer_overhead,
     mixer_parameters,
     state_values,
 )
 from hylo.layout import layout_name, parse_layout
-from hylo.modeling.configuration import KNorm
+from hylo.modeling.configuration import HyloConfig, KNorm
+
+BASE_KEYS = (  # of the base, that a hybrid's configuration keeps
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+    "mlp_bias",
+    "rope_parameters",
+)
 
 
 @dataclass(frozen=True)
@@ -199,11 +214,31 @@ def make_plan(
     if k_norm not in get_args(KNorm):
         raise HyloError(f"k norm {k_norm} is not known; choose one of {', '.join(get_args(KNorm))}")
     ranks = None if kv_lora_ranks is None else check_kv_ranks(config, mixers, full, kv_lora_ranks)
-    dtype = dtype or dtype_of(config)
+    return _plan(base, config, mixers, full, dtype or dtype_of(config), state_dtype, k_norm, ranks)
+
+
+def plan_of(directory: Path, config: HyloConfig, dtype: str, state_dtype: str = "float32") -> Plan:
+    """The plan that the hybrid in `directory`, with configuration `config`, is the result of."""
+    base = BASES[config.base_model_type][0](**{key: getattr(config, key) for key in BASE_KEYS})
+    geometry = {key: getattr(config, key) for key in default_geometry(base)}
+    check_dtype(state_dtype)
+    return _plan(directory, base, config.mixers, geometry, dtype, state_dtype, config.mla_k_norm, config.kv_lora_ranks)
+
+
+def _plan(
+    base: Path,
+    config: PreTrainedConfig,
+    mixers: list[str],
+    geometry: dict[str, int],
+    dtype: str,
+    state_dtype: str,
+    k_norm: KNorm,
+    ranks: list[int] | None,
+) -> Plan:
     value_bytes, state_bytes = check_dtype(dtype).itemsize, check_dtype(state_dtype).itemsize
 
     def layer(index: int, mixer: str) -> LayerPlan:
-        own = full if ranks is None else full | {"kv_lora_rank": ranks[index]}
+        own = geometry if ranks is None else geometry | {"kv_lora_rank": ranks[index]}
         parameters = mixer_parameters(config, mixer, own, k_norm)
         state, columns = state_values(mixer, own)
         return LayerPlan(
@@ -217,4 +252,4 @@ def make_plan(
         )
 
     layers = [layer(index, mixer) for index, mixer in enumerate(mixers)]
-    return Plan(base, config, mixers, full, dtype, state_dtype, layers, k_norm, ranks)
+    return Plan(base, config, mixers, geometry, dtype, state_dtype, layers, k_norm, ranks)

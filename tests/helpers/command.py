@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from hylo import cli
+from hylo.commands import shared
 
 
 @dataclass
@@ -20,11 +21,11 @@ class Done:
 def hylo(*arguments: object) -> Done:
     """Runs `hylo` with these arguments, without the import of torch that a process of its own would cost."""
     out, err = io.StringIO(), io.StringIO()
-    before = cli.console
-    cli.console = Console(file=out, width=200)
+    before = shared.console
+    shared.console = Console(file=out, width=200)
     try:
         with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
             cli.main([str(argument) for argument in arguments])
     finally:
-        cli.console = before
+        shared.console = before
     return Done(int(ended.value.code or 0), out.getvalue(), err.getvalue())

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from hylo.checkpoint import Weights, names, refuse_released
@@ -61,6 +61,14 @@ def read_configuration(directory: Path) -> dict[str, Any]:
         raise HyloError(f"model {directory} is quantised; use the unquantised checkpoint")
     Weights(directory)  # names a missing, truncated or pickled file better than what follows
     return config
+
+
+def checkpoint_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors that a model directory of this configuration must hold, a tied head left out; makes no weight."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    tied = set(model.all_tied_weights_keys)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
 
 @contextmanager

@@ -1,51 +1,22 @@
 """The figures of a report, each drawn from the report's dictionary alone; a figure without data is left out."""
 
-import io
 import math
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from hylo.report.drawing import Drawing, drawn_as, log_axis
 from hylo.report.names import LETTERS, MIXERS, count, metric, short_length, stage_look
 
-STYLE = {
-    "font.family": "sans-serif",
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#555555",
-    "axes.labelcolor": "#222222",
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 9,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e3e3e3",
-    "grid.linewidth": 0.8,
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-    "hatch.linewidth": 0.6,
-}
 MAIN_STAGES = ("teacher", "converted", "aligned", "extended", "control")
 CURVE_POINTS = 250  # drawn of a training curve; each is the mean of the steps it stands for
 Report = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Drawing:
-    svg: str
-    png: bytes
 
 
 def draw_figures(report: Report) -> dict[str, Drawing]:
@@ -59,9 +30,8 @@ def draw_figures(report: Report) -> dict[str, Drawing]:
     }
     drawn = {}
     for name, draw in figures.items():
-        with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
-            if (figure := draw(report)) is not None:
-                drawn[name] = Drawing(png=_png(figure), svg=_svg(figure, name))
+        if (drawing := drawn_as(name, partial(draw, report))) is not None:
+            drawn[name] = drawing
     return drawn
 
 
@@ -124,7 +94,7 @@ def _by_length(
         if name == "needle":
             axes.set_ylim(0, 100)
         else:
-            _log_axis(axes)
+            log_axis(axes)
     handles, labels = [], []
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -148,16 +118,6 @@ def _length_axis(axes: Axes, report: Report) -> None:
     for at, length in enumerate(lengths):
         if length in tags:
             axes.axvline(at, color="#c8c8c8", linewidth=1, linestyle=(0, (2, 3)), zorder=1)
-
-
-def _log_axis(axes: Axes) -> None:
-    """A logarithmic axis whose ticks are plain numbers, also where it spans less than a decade."""
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    subs = (1, 1.5, 2, 3, 5, 7) if high / low < 5 else (1, 2, 5) if high / low < 200 else (1,)
-    axes.yaxis.set_major_locator(LogLocator(subs=subs))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def plan_figure(report: Report) -> Figure | None:
@@ -297,7 +257,7 @@ def training_figure(report: Report) -> Figure | None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x) if x else "0"))
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlim(left=0)
-        _log_axis(axes)
+        log_axis(axes)
         if len(curves) > 1:
             axes.legend(fontsize=8.5)
     return figure
@@ -308,23 +268,3 @@ def _thinned(steps: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
     parts = np.array_split(np.arange(len(steps)), min(CURVE_POINTS, len(steps)))
     at = [steps[part[-1]].get("tokens", steps[part[-1]].get("step", part[-1] + 1)) for part in parts]
     return at, [float(np.mean([steps[i]["loss"] for i in part])) for part in parts]
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, facecolor="white", metadata={"Software": None})
-    figure.set_layout_engine("none")  # what the layout found stays
-    return buffer.getvalue()
-
-
-def _svg(figure: Figure, name: str) -> str:
-    """The figure as an element for an HTML page: no addresses, no fixed size, no names that clash."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(<g\b[^>]*?) id="[^"]*"', r"\1", text)  # names of groups, which nothing refers to
-    opening = re.search(r'viewBox="[^"]*"', text)
-    assert opening is not None
-    return re.sub(r"<svg[^>]*>", f'<svg {opening[0]} role="img" aria-labelledby="caption-{name}">', text, count=1)

