@@ -95,9 +95,10 @@ class Server:
 
 def load(directory: Path, clients: int, seconds: float, cache: str) -> dict[str, Any]:
     """`clients` ask in turn, each the next prompt as soon as it has its answer; then every prompt is asked alone."""
-    draw = random.Random(0)
-    lengths = [round(math.exp(draw.uniform(math.log(8), math.log(1536)))) for _ in range(96)]
-    questions = [[draw.randrange(10, VOCAB) for _ in range(length)] for length in lengths]
+    draw, config = random.Random(0), json.loads((directory / "config.json").read_text())
+    longest = min(1536, config["max_position_embeddings"] - NEW)
+    lengths = [round(math.exp(draw.uniform(math.log(8), math.log(longest)))) for _ in range(96)]
+    questions = [[draw.randrange(10, config["vocab_size"]) for _ in range(length)] for length in lengths]
     flags = ["--enforce-eager", "--max-num-seqs", str(clients), "--max-num-batched-tokens", "1024"]
     server = Server(directory, cache, flags)
     answers: list[tuple[int, list[dict[str, float]]]] = []

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 
 from hylo.errors import HyloError
-from hylo.serve.command import server_environment
 from hylo.serve.server import reason_in
 
 MEASURED, OUT_OF_MEMORY, BEYOND, FAILED, LEFT_OUT = (
@@ -227,4 +226,4 @@ def machine() -> dict[str, Any]:
 
 def _environment() -> dict[str, str]:
     """vLLM's engine in the child itself, where its steps can be timed and its cache looked at."""
-    return server_environment(os.environ) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    return {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}

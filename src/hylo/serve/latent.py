@@ -3,6 +3,7 @@
 vLLM's compiled decoding on CPUs knows a width of 576 alone, and its metadata three widths; both are widened here.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from vllm.v1.kv_cache_interface import AttentionSpec, replace
 from hylo.ops.latent_attention import expanded_latent_attention
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # also tells the logarithm of the softmax's sum
-LARGE_BLOCK = 256  # tokens: blocks from here on are read where they lie, smaller ones are gathered first
+PART = 2048  # tokens that a thread takes at once, about
 
 
+@cache
 def latent_backend() -> type[AttentionBackend]:
     if current_platform.is_cpu():
         return LatentCPUBackend
@@ -141,16 +143,11 @@ def read_latents(q_HW: Tensor, cache_NSW: Tensor, blocks: Tensor, length: int, r
     cache: blocks of S tokens, of which `blocks` (int) lists this request's in order. All heads see the same keys, so
     that they are the queries of one head for torch's kernel, and what threads share out are parts of the keys.
     """
-    size = cache_NSW.shape[1]
-    if size < LARGE_BLOCK:
-        pieces = [_gather(cache_NSW, blocks, length)]
-    else:
-        pieces = [cache_NSW[block] for block in blocks[: -(-length // size)].tolist()]
-        pieces[-1] = pieces[-1][: length - size * (len(pieces) - 1)]
     threads, contexts, sums = torch.get_num_threads(), [], []
-    for piece in pieces:
-        shared = len(piece) // threads * threads
-        for keys_PSW in (piece[:shared].unflatten(0, (threads, -1)), piece[None, shared:]):
+    for piece in _pieces(cache_NSW, blocks[: -(-length // cache_NSW.shape[1])], length):
+        parts = threads * max(1, round(len(piece) / (threads * PART)))
+        shared = len(piece) // parts * parts
+        for keys_PSW in (piece[:shared].unflatten(0, (parts, -1)), piece[None, shared:]):
             if keys_PSW.shape[1]:
                 q_1PHW = q_HW.expand(1, len(keys_PSW), -1, -1)
                 context, log_sum = _flash(q_1PHW, keys_PSW[None], keys_PSW[None], scale=scale)
@@ -158,6 +155,19 @@ def read_latents(q_HW: Tensor, cache_NSW: Tensor, blocks: Tensor, length: int, r
                 sums.append(log_sum[0])
     shares_PH1 = torch.cat(sums).softmax(0)[..., None]
     return (torch.cat(contexts) * shares_PH1).sum(0)[:, :rank].to(q_HW.dtype)
+
+
+def _pieces(cache_NSW: Tensor, blocks: Tensor, length: int) -> list[Tensor]:
+    """The first `length` tokens, (tokens,W) each: read where they lie if they lie in few places, or else gathered."""
+    size, ids = cache_NSW.shape[1], blocks.tolist()
+    breaks = [i for i in range(1, len(ids)) if ids[i] != ids[i - 1] + 1 or not cache_NSW.is_contiguous()]
+    if length < (len(breaks) + 1) * PART // 8:
+        return [_gather(cache_NSW, blocks, length)]
+    bounds = [0, *breaks, len(ids)]
+    runs = zip(bounds[:-1], bounds[1:], strict=True)
+    pieces = [cache_NSW[ids[start] : ids[end - 1] + 1].flatten(0, 1) for start, end in runs]
+    pieces[-1] = pieces[-1][: length - bounds[-2] * size]
+    return pieces
 
 
 def naive_read_latents(q_HW: Tensor, cache_NSW: Tensor, blocks: Tensor, length: int, rank: int, scale: float) -> Tensor:
