@@ -150,47 +150,48 @@ def taken(step: dict[str, float]) -> str:
     return next(iter(step))
 
 
-def states(directory: Path, texts: list[str]) -> dict[str, Any]:
-    """How far log-probabilities of the float32 answer move where the states are stored in bfloat16."""
+def states(directory: Path, texts: list[str], new: int = 256) -> dict[str, Any]:
+    """How far log-probabilities of greedy answers move where states are stored in bfloat16 after every token.
+
+    An answer is compared up to where it takes another token than in float32.
+    """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from transformers import AutoTokenizer
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    questions = [tokenizer(text)["input_ids"][:1024] for text in texts]
-    scores: dict[str, list[list[float]]] = {}
-    rows = questions
+    questions = [{"prompt_token_ids": tokenizer(text)["input_ids"][:1024]} for text in texts]
+    how = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, logprobs=1)
+    said: dict[str, list[Any]] = {}
     for dtype in ("float32", "bfloat16"):
-        llm = LLM(str(directory), dtype="float32", mamba_ssm_cache_dtype=dtype, enforce_eager=True, max_num_seqs=4)
-        if dtype == "float32":
-            how = SamplingParams(temperature=0, max_tokens=256, ignore_eos=True)
-            answers = llm.generate([{"prompt_token_ids": ids} for ids in questions], how, use_tqdm=False)
-            rows = [ids + list(a.outputs[0].token_ids) for ids, a in zip(questions, answers, strict=True)]
-        scores[dtype] = [forced(llm, ids, len(question)) for ids, question in zip(rows, questions, strict=True)]
+        llm = LLM(
+            str(directory),
+            dtype="float32",
+            mamba_ssm_cache_dtype=dtype,
+            enforce_eager=True,
+            kv_cache_memory_bytes=1 << 30,
+        )
+        said[dtype] = [answer.outputs[0] for answer in llm.generate(questions, how, use_tqdm=False)]
         del llm
         cleanup_dist_env_and_memory()
-    pairs = zip(sum(scores["float32"], []), sum(scores["bfloat16"], []), strict=True)
-    moved = sorted(abs(a - b) for a, b in pairs)
+    moved, whole = [], 0
+    for full, half in zip(said["float32"], said["bfloat16"], strict=True):
+        same = [a == b for a, b in zip(full.token_ids, half.token_ids, strict=True)]
+        until = same.index(False) if False in same else len(same)
+        whole += until == len(same)
+        for step, token in enumerate(full.token_ids[:until]):
+            moved.append(abs(full.logprobs[step][token].logprob - half.logprobs[step][token].logprob))
+    moved.sort()
     return {
-        "tokens": len(moved),
+        "answers": len(questions),
+        "the same for all tokens": whole,
+        "tokens compared": len(moved),
         "mean": statistics.mean(moved),
         "median": statistics.median(moved),
         "99th percentile": moved[int(0.99 * len(moved))],
         "largest": moved[-1],
     }
-
-
-def forced(llm: Any, ids: list[int], start: int) -> list[float]:
-    """Log-probabilities of the tokens from `start` on, each of which a state that was stored leads to."""
-    from vllm import SamplingParams
-
-    scores = []
-    for end in range(start, len(ids)):
-        how = SamplingParams(temperature=0, max_tokens=1, logprobs=1, logprob_token_ids=[ids[end]])
-        (answer,) = llm.generate([{"prompt_token_ids": ids[:end]}], how, use_tqdm=False)
-        scores.append(answer.outputs[0].logprobs[0][ids[end]].logprob)
-    return scores
 
 
 def main() -> None:
