@@ -14,8 +14,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import hylo
 
-pytest.importorskip("vllm")
-
 TEACHER = Path(hylo.__file__).parent / "demo" / "teacher"  # with a tokenizer
 
 

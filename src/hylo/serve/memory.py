@@ -132,6 +132,8 @@ class ServePlan:
             write(f"  no layer caches tokens; page: {pages.page_bytes:,} bytes a layer, one a sequence")
         groups = ", ".join(f"{group.layers} {group.mixer}" for group in pages.groups)
         write(f"  groups: {groups}; a block has {pages.places} pages, {in_bytes(pages.block_bytes)}")
+        if pages.state_bytes and pages.states_per_sequence > 1:
+            write(f"  a sequence holds {pages.states_per_sequence} states of every layer, for the prefix cache")
         write(
             f"  cache: {self.kv_bytes_per_token:,} bytes a token and {self.state_bytes_per_sequence:,} a sequence as "
             f"planned; in blocks {in_bytes(self.sequence_bytes)} for {length:,} tokens"
