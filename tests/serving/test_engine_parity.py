@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from serving import ask, assert_same, counted, engine, prompts, reference, write_hybrid
 
 from hylo.convert import Initialisation, convert
 from hylo.demo import TEACHER
-from hylo.modeling import HyloConfig
+from hylo.modeling import HyloConfig, HyloForCausalLM
 from hylo.plan import make_plan
 from hylo.serve.memory import plan_serving
 
@@ -115,6 +116,24 @@ def test_the_demo_s_checkpoint(tmp_path: Path) -> None:
     questions = [tokenizer(text)["input_ids"] for text in texts]
     with engine(tmp_path / "hybrid") as llm:
         assert_same(ask(llm, questions), reference(tmp_path / "hybrid", questions))
+
+
+@pytest.mark.parametrize("layout", ["mgs", "ag"])
+def test_weights_in_bfloat16(layout: str, tmp_path: Path) -> None:
+    """The engine's first log-probabilities are about as near to those in float32 as transformers' in bfloat16."""
+    directory = write_hybrid(tmp_path / "model", layout)
+    questions = prompts()
+    with engine(directory, dtype="bfloat16", max_num_batched_tokens=64) as llm:
+        answers = ask(llm, questions, new=1, logprobs=20)
+    model = HyloForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
+    engines, transformers = [], []
+    for question, answer, (_, logprobs) in zip(questions, answers, reference(directory, questions, new=1), strict=True):
+        with torch.no_grad():
+            own = model(torch.tensor([question])).logits[0, -1].float().log_softmax(-1)
+        for token, entry in answer.outputs[0].logprobs[0].items():
+            engines.append(abs(entry.logprob - logprobs[0, token].item()))
+            transformers.append(abs(own[token] - logprobs[0, token]).item())
+    assert 0 < sum(engines) < 2 * sum(transformers)
 
 
 def test_states_in_bfloat16(tmp_path: Path) -> None:
