@@ -143,7 +143,7 @@ def test_damaged_directories_are_one_line(hybrid: Path, tmp_path: Path) -> None:
     refused("holds no model.safetensors", lambda directory: (directory / "model.safetensors").unlink())
     whole = (hybrid / "model.safetensors").read_bytes()
     refused("not a whole safetensors", lambda d: (d / "model.safetensors").write_bytes(whole[: len(whole) // 2]))
-    refused("mamba2xForCausalLM", config(model_type="mamba2x", architectures=["mamba2xForCausalLM"]))
+    refused("is of model_type mamba2x", config(model_type="mamba2x", architectures=["mamba2xForCausalLM"]))
     refused("unknown mixers", config(mixers=["mla", "rwkv", "mla"]))
     refused("base_model_type gpt2", config(base_model_type="gpt2"))
     refused("not valid", config(num_attention_heads="many"))

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from transformers import PreTrainedConfig
 
 from hylo.errors import HyloError
-from hylo.modeling.configuration import KNorm
+from hylo.modeling.configuration import HyloConfig, KNorm
 
 # The three bases whose hybrids are published: (hidden, layers, query heads, kv heads, head_dim) -> kv and query rank.
 PUBLISHED_RANKS = {
@@ -17,6 +17,24 @@ PUBLISHED_RANKS = {
     (3072, 28, 24, 8, 128): (128, 1536),
     (2048, 28, 16, 8, 128): (256, 1344),
 }
+
+
+KEYS = (
+    "kv_lora_rank",
+    "q_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "conv_kernel_size",
+    "gdn_num_heads",
+    "gdn_head_dim",
+    "gdn_expand_v",
+    "mamba_d_state",
+    "mamba_head_dim",
+    "mamba_num_heads",
+    "mamba_d_inner",
+    "mamba_d_xb",
+)
 
 
 def default_geometry(base: PreTrainedConfig) -> dict[str, int]:
@@ -80,6 +98,11 @@ def complete_geometry(base: PreTrainedConfig, overrides: Mapping[str, int]) -> d
         geometry["mamba_d_inner"] = geometry["mamba_num_heads"] * geometry["mamba_head_dim"]
     _check(base, geometry)
     return geometry
+
+
+def geometry_in(config: HyloConfig) -> dict[str, int]:
+    """The mixer fields that a hybrid's configuration has."""
+    return {key: getattr(config, key) for key in KEYS}
 
 
 def _check(base: PreTrainedConfig, geometry: Mapping[str, int]) -> None:
@@ -165,7 +188,7 @@ def mixer_parameters(base: PreTrainedConfig, mixer: str, geometry: Mapping[str, 
         projections = hidden * (2 * key + 3 * value + 2 * gdn_heads)  # q k | v g o | a b
         scalars_and_norm = 2 * gdn_heads + geometry["gdn_expand_v"] * width
         return projections + scalars_and_norm + (taps + biased) * (2 * key + value)
-    d_inner, mamba_heads, channels = geometry["mamba_d_inner"], geometry["mamba_num_heads"], _mamba_channels(geometry)
+    d_inner, mamba_heads, channels = geometry["mamba_d_inner"], geometry["mamba_num_heads"], mamba_channels(geometry)
     in_proj = (hidden + biased) * (d_inner + channels + mamba_heads)
     return in_proj + (taps + 1) * channels + 3 * mamba_heads + d_inner + hidden * d_inner
 
@@ -196,11 +219,11 @@ def state_values(mixer: str, geometry: Mapping[str, int]) -> tuple[int, int]:
         heads, width, expand = geometry["gdn_num_heads"], geometry["gdn_head_dim"], geometry["gdn_expand_v"]
         return heads * width * width * expand, columns * heads * width * (2 + expand)
     if mixer == "mamba2":
-        return geometry["mamba_d_inner"] * geometry["mamba_d_state"], columns * _mamba_channels(geometry)
+        return geometry["mamba_d_inner"] * geometry["mamba_d_state"], columns * mamba_channels(geometry)
     return 0, 0
 
 
-def _mamba_channels(geometry: Mapping[str, int]) -> int:
+def mamba_channels(geometry: Mapping[str, int]) -> int:
     """Channels of Mamba-2's convolution: x | B | C."""
     groups = geometry["mamba_d_xb"] // geometry["mamba_head_dim"]
     return geometry["mamba_d_xb"] + (groups + geometry["mamba_num_heads"]) * geometry["mamba_d_state"]

@@ -106,6 +106,8 @@ class TrainingData:
 
 
 def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    if not directory.is_dir():
+        raise HyloError(f"model directory {directory} does not exist; check the path")
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:

@@ -15,8 +15,8 @@ from hylo.geometry import (
     cached_values_per_token,
     check_kv_ranks,
     complete_geometry,
-    default_geometry,
     extra_values_per_token,
+    geometry_in,
     layer_overhead,
     mixer_parameters,
     state_values,
@@ -220,7 +220,7 @@ def make_plan(
 def plan_of(directory: Path, config: HyloConfig, dtype: str, state_dtype: str = "float32") -> Plan:
     """The plan that the hybrid in `directory`, with configuration `config`, is the result of."""
     base = BASES[config.base_model_type][0](**{key: getattr(config, key) for key in BASE_KEYS})
-    geometry = {key: getattr(config, key) for key in default_geometry(base)}
+    geometry = geometry_in(config)
     check_dtype(state_dtype)
     return _plan(directory, base, config.mixers, geometry, dtype, state_dtype, config.mla_k_norm, config.kv_lora_ranks)
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig
 
@@ -13,7 +14,7 @@ from hylo.geometry import complete_geometry
 from hylo.layout import layout_name
 from hylo.modeling import HyloConfig
 from hylo.modeling.configuration import CACHE_KIND
-from hylo.modeling.loading import checkpoint_shapes, read_configuration
+from hylo.modeling.loading import MODEL_TYPES, checkpoint_shapes, read_configuration
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,18 @@ def read_served(directory: Path) -> ServedModel:
     if is_hybrid(directory):
         config = read_hybrid_config(directory)
     else:
+        if (model_type := _model_type(directory)) not in MODEL_TYPES:
+            raise HyloError(f"model {directory} is of model_type {model_type}; served are {', '.join(MODEL_TYPES)}")
         base = read_base_config(directory)
         config = hylo_config(base, ["attention"] * base.num_hidden_layers, complete_geometry(base, {}), "pairs-fast")
     return ServedModel(directory, config, dtype_of(config))
+
+
+def _model_type(directory: Path) -> Any:
+    if not directory.is_dir():
+        raise HyloError(f"model directory {directory} does not exist; check the path")
+    refuse_released(directory)
+    return read_json(directory / "config.json", "configuration").get("model_type")
 
 
 def read_hybrid_config(directory: Path) -> HyloConfig:

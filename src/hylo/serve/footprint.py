@@ -2,6 +2,7 @@
 
 from hylo.checkpoint import check_dtype
 from hylo.errors import HyloError
+from hylo.geometry import geometry_in, mamba_channels
 from hylo.modeling.configuration import HyloConfig
 from hylo.serve.pages import Pages, Platform
 from hylo.serve.supported import cached_width, served_rank
@@ -35,12 +36,6 @@ def padded_vocabulary(config: HyloConfig) -> int:
     return -(-config.vocab_size // VOCABULARY_STEP) * VOCABULARY_STEP
 
 
-def _mamba_channels(config: HyloConfig) -> int:
-    """Channels of the convolution: x | B | C."""
-    groups = config.mamba_d_xb // config.mamba_head_dim
-    return config.mamba_d_xb + (groups + config.mamba_num_heads) * config.mamba_d_state
-
-
 def _mixer_weights(config: HyloConfig, mixer: str, tensor_parallel: int) -> tuple[int, int]:
     """Values that are cut and values that are whole on each of the devices."""
     hidden, heads, head_dim = config.hidden_size, config.num_attention_heads, config.head_dim
@@ -62,7 +57,7 @@ def _mixer_weights(config: HyloConfig, mixer: str, tensor_parallel: int) -> tupl
         biases = bias * (2 * key + 2 * value)  # the gate's is zero, and there because vLLM stacks it on q, k and v
         cut = projections + 2 * config.gdn_num_heads + taps * (2 * key + value) + biases
         return cut, config.gdn_head_dim * config.gdn_expand_v
-    channels = _mamba_channels(config)
+    channels = mamba_channels(geometry_in(config))
     in_proj = (hidden + bias) * (config.mamba_d_inner + channels + config.mamba_num_heads)
     scalars = 3 * config.mamba_num_heads + config.mamba_d_inner  # A_log, D, dt_bias; the norm over each head's group
     return in_proj + (taps + 1) * channels + scalars + hidden * config.mamba_d_inner, 0
@@ -127,5 +122,5 @@ def _widths(config: HyloConfig, mixer: str) -> int:
         return 2 * (2 * key + value) + 2 * value + key + 2 * value + states  # q k v | gate, o | what chunks write
     states = 2 * config.mamba_d_inner * config.mamba_d_state // SSD_CHUNK  # in float32
     return (
-        2 * _mamba_channels(config) + 5 * config.mamba_d_inner + states
+        2 * mamba_channels(geometry_in(config)) + 5 * config.mamba_d_inner + states
     )  # x B C twice | z, x and B in every head, y, o

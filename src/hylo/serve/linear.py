@@ -21,6 +21,7 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name, direct_register_custom_op
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
+from hylo.geometry import geometry_in, mamba_channels
 from hylo.modeling.configuration import HyloConfig
 from hylo.ops.gated_delta import gated_delta_rule
 from hylo.ops.short_conv import short_conv
@@ -130,7 +131,7 @@ class Mamba2(MambaMixer2):
             cache_config=vllm_config.cache_config,
             prefix=prefix,
         )
-        groups = config.mamba_d_xb // config.mamba_head_dim
+        self.config, groups = config, config.mamba_d_xb // config.mamba_head_dim
         channels = [config.mamba_d_xb, groups * N, heads * N]  # x, B, C
         self.in_parts = [config.mamba_d_inner, *channels, heads]  # z before, dt behind
         self.conv_parts, self.conv_dim = channels, sum(channels)
@@ -184,19 +185,16 @@ class Mamba2(MambaMixer2):
             run.write(self.kv_cache, conv, after)
 
     def get_state_shape(self) -> Shapes:
-        columns = MambaStateShapeCalculator._orient_conv_shape(self.tped_conv_size, self.conv_kernel_size - 1)
-        return columns, (self.num_heads // self.tp_size, self.head_dim, self.ssm_state_size)
+        return self.state_shapes(self.config, self.tp_size)
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
         return MambaBase.get_kv_cache_spec(self, vllm_config)
 
     @staticmethod
     def state_shapes(config: HyloConfig, devices: int) -> Shapes:
-        groups = config.mamba_d_xb // config.mamba_head_dim
-        heads, N = config.mamba_num_heads, config.mamba_d_state
-        channels = (config.mamba_d_xb + (groups + heads) * N) // devices
+        channels = mamba_channels(geometry_in(config)) // devices
         columns = MambaStateShapeCalculator._orient_conv_shape(channels, config.conv_kernel_size - 1)
-        return columns, (heads // devices, config.mamba_head_dim, N)
+        return columns, (config.mamba_num_heads // devices, config.mamba_head_dim, config.mamba_d_state)
 
     def translated(self, name: str, tensor: Tensor) -> Iterator[Loaded]:
         parts = {"in_proj": self.in_parts, "conv1d": self.conv_parts}.get(name.partition(".")[0])

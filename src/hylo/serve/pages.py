@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hylo.checkpoint import check_dtype
-from hylo.geometry import state_values
+from hylo.geometry import geometry_in, state_values
 from hylo.modeling.configuration import CACHE_KIND, HyloConfig
 from hylo.serve.supported import cached_width
 
@@ -21,17 +21,6 @@ Platform = Literal["cuda", "cpu"]
 KERNEL_BLOCK = 16  # tokens: the smallest block that the attention kernels take
 GPU_MLA_BLOCK = 128  # tokens: what a hybrid's MLA blocks are multiples of on GPUs
 DEFAULT_BLOCK: dict[Platform, int] = {"cuda": 16, "cpu": 128}
-GEOMETRY = (
-    "conv_kernel_size",
-    "gdn_num_heads",
-    "gdn_head_dim",
-    "gdn_expand_v",
-    "mamba_d_state",
-    "mamba_head_dim",
-    "mamba_num_heads",
-    "mamba_d_inner",
-    "mamba_d_xb",
-)
 
 
 @dataclass(frozen=True)
@@ -139,7 +128,7 @@ def layer_token_bytes(config: HyloConfig, dtype: str, tensor_parallel: int = 1) 
 
 def layer_state_bytes(config: HyloConfig, mixer: str, dtype: str, state_dtype: str, tensor_parallel: int = 1) -> int:
     """The recurrent state and the convolution's columns of one layer, of which a device has its heads' share."""
-    state, columns = state_values(mixer, {key: getattr(config, key) for key in GEOMETRY})
+    state, columns = state_values(mixer, geometry_in(config))
     whole = state * check_dtype(state_dtype).itemsize + columns * check_dtype(dtype).itemsize
     return whole // tensor_parallel
 
