@@ -21,16 +21,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from hylo.checkpoint import read_tokenizer
 from hylo.convert import Initialisation, convert, read_base, with_energy
 from hylo.data.retrieval import FactFormat
+from hylo.data.settings import Data
 from hylo.data.sources import STANDARD_LIBRARY, held_out_stream
+from hylo.data.training import TrainingData
 from hylo.demo import TEACHER
 from hylo.errors import HyloError
 from hylo.evaluate.evaluate import Workload, evaluate_model
 from hylo.evaluate.forward import Teacher
 from hylo.files import write_json
 from hylo.modeling.loading import load_model
-from hylo.pipeline import read_calibration, read_tokenizer
 from hylo.plan import Plan, make_plan
 
 LAYOUTS = {"all MLA": ("6MLA", None), "the demo's": ("2MLA4GDN", [0, 1]), "the demo's, Mamba-2": ("2MLA4M2", [0, 1])}
@@ -182,7 +184,8 @@ def main() -> None:
     tokenizer = read_tokenizer(base)
     stream = held_out_stream(tokenizer, [STANDARD_LIBRARY])
     work = Workload([LENGTH], stream, FactFormat.of(tokenizer), 256, 16384)
-    ids = read_calibration(base, [STANDARD_LIBRARY], CALIBRATION_TOKENS, CALIBRATION_LENGTH)
+    text = TrainingData(Data(text=[STANDARD_LIBRARY]), tokenizer)
+    ids = text.calibration(CALIBRATION_TOKENS, CALIBRATION_LENGTH)
     guide = Teacher(load_model(base))
     known: dict[str, Any] = {}
     if arguments.json and arguments.json.exists():

@@ -18,15 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from hylo.checkpoint import copy_companions
+from hylo.checkpoint import copy_companions, read_tokenizer
 from hylo.convert import convert
+from hylo.data.settings import Data
 from hylo.data.sources import STANDARD_LIBRARY
+from hylo.data.training import TrainingData
 from hylo.demo import TEACHER
 from hylo.distill.extend import extend
 from hylo.distill.settings import Training
-from hylo.pipeline import TrainingData, read_tokenizer
 from hylo.plan import make_plan
-from hylo.recipe import Data
 
 LENGTH = 256
 

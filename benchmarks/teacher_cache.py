@@ -16,13 +16,15 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from hylo.checkpoint import read_tokenizer
+from hylo.data.settings import Data
+from hylo.data.training import TrainingData
+from hylo.distill.batch import model_inputs
 from hylo.distill.cache import TeacherCache
 from hylo.distill.cache_writer import CacheSettings, write_teacher_cache
-from hylo.distill.extend import CachedDistillation, LongDistillation
+from hylo.distill.objectives import CachedDistillation, LongDistillation, TeacherStates
 from hylo.distill.student import freeze_head, load_student, read_head
 from hylo.modeling.loading import load_model
-from hylo.pipeline import TrainingData, read_tokenizer
-from hylo.recipe import Data
 
 VECTORS = ("float32", "bfloat16")
 
@@ -32,7 +34,7 @@ def errors(teacher: Path, student: Path, cache: TeacherCache) -> dict[str, Any]:
     model, live = load_student(student), load_model(teacher)
     freeze_head(model, read_head(student))
     W_s, W_t = model.lm_head.weight, live.lm_head.weight
-    cached, distillation = CachedDistillation(model, cache.recipe.vocabulary), LongDistillation(model)
+    cached, distillation = CachedDistillation(model), LongDistillation(model)
 
     def gradient(loss: Tensor) -> Tensor:
         model.zero_grad()
@@ -41,16 +43,17 @@ def errors(teacher: Path, student: Path, cache: TeacherCache) -> dict[str, Any]:
 
     exact, off, gradients = [], [], []
     for row in cache.dataset(cache.recipe.length, cache.recipe.count):
-        ids, c, neg_entropy = (row[name][None] for name in ("input_ids", "vectors", "neg_entropy"))
+        batch = {name: values[None] for name, values in row.items()}
+        inputs, c, neg_entropy = model_inputs(batch), batch["vectors"], batch["neg_entropy"]
         with torch.no_grad():
-            h_s, h_t = (m.model(ids, use_cache=False).last_hidden_state for m in (model, live))
+            h_s, h_t = (m.model(**inputs, use_cache=False).last_hidden_state for m in (model, live))
             log_s = torch.log_softmax(h_s[0].double() @ W_s.double().T, -1)
             log_t = torch.log_softmax(h_t[0].double() @ W_t.double().T, -1)
             exact.append((log_t.exp() * (log_t - log_s)).sum(-1))
             kl = torch.logsumexp(h_s[0] @ W_s.T, -1) - (h_s * c)[0].sum(-1) + neg_entropy[0]
             off.append(kl - exact[-1])
-        reference = gradient(distillation(ids, h_t, W_t))
-        difference = gradient(cached(ids, c, neg_entropy)) - reference
+        reference = gradient(distillation(batch, TeacherStates(h_t, W_t)))
+        difference = gradient(cached(batch)) - reference
         gradients.append((difference.norm() / reference.norm()).item())
     off_N = torch.cat(off)
     return {

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hylo.errors import HyloError
-from hylo.files import complete_directory, read_json, write_json
+from hylo.files import checksum, complete_directory, differences, read_json, write_json
 
 
 def test_a_directory_appears_whole(tmp_path: Path) -> None:
@@ -50,3 +50,20 @@ def test_unreadable_json_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(HyloError, match="evaluation .*x.json"):
         read_json(tmp_path / "x.json", "evaluation")
+
+
+def test_differences_are_named_by_their_path() -> None:
+    theirs = {"seed": 0, "stages": [{"tokens": 10}, {"tokens": 20}], "gone": 1}
+    ours = {"seed": 0, "stages": [{"tokens": 10}, {"tokens": 30}], "new": [1]}
+    assert differences(theirs, ours) == [
+        "stages.1.tokens is 20 there, 30 here",
+        "gone is 1 there, None here",
+        "new is None there, [1] here",
+    ]
+    assert differences({"x": [1, 2]}, {"x": [1]}) == ["x is [1, 2] there, [1] here"]
+    assert not differences(theirs, dict(reversed(theirs.items())))
+
+
+def test_the_checksum_is_that_of_sha256sum(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"abc")
+    assert checksum(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

@@ -24,8 +24,7 @@ def write_recipe(path: Path, base: Path, text: Path, **changes: object) -> Path:
         "layout": "1MLA2GDN",
         "geometry": GEOMETRY,
         "data": {"text": [str(text)], "facts": 0.5},
-        "align": stage,
-        "extend": [stage | {"length": 64}, stage | {"length": 128, "rows": 1}],
+        "stages": [stage | {"objective": "layers"}, stage | {"length": 64}, stage | {"length": 128, "rows": 1}],
         "yarn_original_length": 32,
         "evaluate": {"lengths": [256], "answers": 16, "tokens": 256},
         "controls": True,
@@ -88,17 +87,17 @@ def test_a_second_call_skips_what_is_done_and_makes_what_is_missing(run: Path, t
     before = {p: p.stat().st_mtime_ns for p in copy.rglob("*.safetensors")}
     done = hylo("upcycle", copy / "recipe.yaml", "--out", copy)
     assert done.returncode == 0, done.stderr
-    assert "align: " in done.stdout and "skipped" in done.stdout
+    assert "aligned: " in done.stdout and "skipped" in done.stdout
     assert all(p.stat().st_mtime_ns == time for p, time in before.items())
     first, second = (HyloForCausalLM.from_pretrained(d / "extended-128").state_dict() for d in (run, copy))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_run_directory_belongs_to_one_recipe(run: Path, tmp_path: Path, tiny_base: Path, text_file: Path) -> None:
-    other = write_recipe(tmp_path / "other.yaml", tiny_base, text_file, seed=7)
-    done = hylo("upcycle", other, "--out", run)
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_base, text_file)
+    done = hylo("upcycle", recipe, "--out", run, "--set", "stages.1.learning_rate=0.5")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "another recipe" in done.stderr
+    assert "another recipe" in done.stderr and "stages.1.learning_rate is 0.001 there, 0.5 here" in done.stderr
 
 
 def test_stages_run_alone(run: Path, tmp_path: Path, tiny_base: Path, text_file: Path) -> None:

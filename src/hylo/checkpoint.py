@@ -1,5 +1,6 @@
 """What a model directory in Hugging Face format holds, checked: a base's config.json, and safetensors, read lazily."""
 
+import hashlib
 import math
 import shutil
 from pathlib import Path
@@ -8,7 +9,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen3Config,
+)
 from transformers.activations import ACT2FN
 
 from hylo.errors import HyloError
@@ -99,10 +107,34 @@ def weight_files(directory: Path) -> list[Path]:
     return [directory / shard for shard in sorted(set(shards.values()))]
 
 
+def model_hash(directory: Path) -> str:
+    """Of config.json, and of every weight file's size, first and last MiB: enough to tell models apart."""
+    digest = hashlib.sha256((directory / "config.json").read_bytes())
+    for path in weight_files(directory):
+        total = path.stat().st_size
+        with path.open("rb") as file:
+            first = file.read(1 << 20)
+            file.seek(max(0, total - (1 << 20)))
+            for part in (str(total).encode(), first, file.read()):
+                digest.update(part)
+    return digest.hexdigest()
+
+
 def refuse_released(directory: Path) -> None:
     """Its config.json is the base's, its tensors are a hybrid's."""
     if (directory / RELEASED).is_file():
         raise HyloError(f"{directory} is a released checkpoint; run `hylo import {directory} OUT` and use OUT")
+
+
+def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """Raises HyloError where there is none that can be used."""
+    if not directory.is_dir():
+        raise HyloError(f"model directory {directory} does not exist; check the path")
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).split("\n")[0]
+        raise HyloError(f"{directory} has no usable tokenizer ({reason}); add the base's tokenizer files") from error
 
 
 def read_base_config(directory: Path) -> PreTrainedConfig:

@@ -1,11 +1,14 @@
 """The command line. Bad input ends with one line on standard error and exit status 2."""
 
+import contextlib
+import shlex
 import sys
 
 import typer
 from transformers.utils import logging as transformers_logging
 
-from hylo.commands import benching, evaluation, making, planning, runs, serving, training
+from hylo.commands import benching, data, evaluation, making, planning, runs, serving, shared, training
+from hylo.distill import signals
 from hylo.errors import HyloError
 
 app = typer.Typer(
@@ -18,23 +21,37 @@ app.command()(planning.plan)
 app.command()(making.convert)
 app.command("import")(making.import_)
 app.command()(making.export)
+app.command()(making.assemble)
 app.command()(training.align)
 app.command()(training.extend)
 app.command("teacher-cache")(training.teacher_cache)
+app.add_typer(data.app, name="data")
 app.command()(runs.upcycle)
+app.command()(runs.status)
 app.command()(evaluation.evaluate)
 app.command()(serving.serve)
 app.add_typer(benching.app, name="bench")
 app.command()(runs.demo)
 app.command()(runs.env)
 
+GO_ON = ("align", "extend", "teacher-cache", "upcycle", "demo")  # the commands that a second call goes on with
+
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: turns HyloError and wrong usage into one line and exit status 2; always ends with SystemExit."""
+    """Entry point: turns HyloError and wrong usage into one line and exit status 2; always ends with SystemExit.
+
+    SIGTERM and SIGINT stop a command that can go on later in good order: training saves first, and the status is 0.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        status = app(arguments, standalone_mode=False)
+        with signals.watched() if given[:1] and given[0] in GO_ON else contextlib.nullcontext():
+            status = app(given, standalone_mode=False)
+    except signals.Stopped as stopped:
+        command = f"hylo {shlex.join(given)}"
+        shared.console.print(f"{stopped}; go on with: {command}", highlight=False, soft_wrap=True)
+        status = 0
     except HyloError as error:
         _fail(str(error))
     except typer.Abort:

@@ -1,6 +1,7 @@
 """Output directories and files that are complete or absent: written under a temporary name, then renamed."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -28,7 +29,9 @@ def complete_directory(out: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.chmod(0o755)
+        sync(partial)
         os.rename(partial, out)
+        _sync(out.parent)
     except OSError as error:
         raise _cannot_write(out, error) from error
     finally:
@@ -46,6 +49,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(data)
+        _sync(partial)
         os.replace(partial, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -68,6 +72,39 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise HyloError(f"{what} {path} holds no JSON object; restore the file")
     return value
+
+
+def checksum(path: Path) -> str:
+    """sha256 in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def differences(theirs: Any, ours: Any, path: str = "") -> list[str]:
+    """Every place where two JSON values differ: `stages.0.tokens is 1000 there, 2000 here`."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        pairs = [(f"{path}.{key}", theirs.get(key), ours.get(key)) for key in theirs | ours]
+    elif isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
+        pairs = [(f"{path}.{i}", a, b) for i, (a, b) in enumerate(zip(theirs, ours, strict=True))]
+    else:
+        return [] if theirs == ours else [f"{path.lstrip('.')} is {theirs} there, {ours} here"]
+    return [line for name, a, b in pairs for line in differences(a, b, name)]
+
+
+def sync(directory: Path) -> None:
+    """Sees to it that a directory and all that is in it survive a power cut."""
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            _sync(Path(folder) / name)
+        _sync(Path(folder))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _cannot_write(path: Path, error: OSError) -> HyloError:

@@ -1,29 +1,19 @@
-"""The schema of a recipe: one YAML file that takes a base checkpoint to an evaluated hybrid."""
+"""The schema of a recipe: one YAML file that takes a base checkpoint through its stages to an evaluated hybrid."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hylo.convert import Init, LinearInit, RopeKey
-from hylo.data.sources import STANDARD_LIBRARY
-from hylo.distill.settings import Training
+from hylo.data.settings import Data
+from hylo.distill.settings import Stage
 from hylo.errors import HyloError
 from hylo.modeling.configuration import KNorm
+from hylo.recipe_files import MODELS, dump_yaml, is_hub_name, read_values, snapshot
 
 Length = Annotated[int, Field(gt=0)]
-
-
-class Data(BaseModel):
-    """`text`: files, folders or python-stdlib; `held_out`: text to evaluate on, otherwise a twentieth of `text`;
-    `facts`: the share of training rows that carry synthetic retrieval."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    text: list[str] = Field(min_length=1)
-    held_out: list[str] = []
-    facts: float = Field(0.0, ge=0, le=1)
+OWN = ("converted", "control", "no_alignment", "evaluations", "caches", "data")  # a run's other directories
 
 
 class Evaluation(BaseModel):
@@ -39,12 +29,15 @@ class Evaluation(BaseModel):
 
 
 class Recipe(BaseModel):
-    """A whole run. Relative paths are taken from the recipe's own folder."""
+    """A whole run: each of `stages` reads the model before it and writes RUN/`stage.directory`.
+
+    `base` and `teacher` are absolute paths, or relative ones, `owner/name`, where they are still to come from the Hub.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     base: Path
-    teacher: Path | None = Field(None, description="teacher of the extension; the base if left out")
+    teacher: Path | None = Field(None, description="of all stages but those of objective layers; the base if left out")
     layout: str
     mla_layers: list[int] | None = None
     geometry: dict[str, int] = {}
@@ -59,18 +52,33 @@ class Recipe(BaseModel):
     calibration_length: Length = 512
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="the base's if left out")
     data: Data
-    align: Training
-    extend: list[Training] = Field(min_length=1)
     yarn_original_length: Length = Field(description="context above which YaRN stretches the MLA layers' positions")
+    stages: list[Stage] = Field(min_length=1)
     evaluate: Evaluation
     controls: bool = Field(False, description="also train a random-mixer control and one without alignment")
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
-    def _lengths_grow(self) -> "Recipe":
-        lengths = [stage.length for stage in self.extend]
-        if lengths != sorted(set(lengths)):
-            raise ValueError(f"extend lengths must grow, got {lengths}")
+    def _stages_agree(self) -> "Recipe":
+        longest, others, names = 0, "", dict[str, int]()
+        for i, stage in enumerate(self.stages):
+            at = f"stages.{i}"
+            if stage.directory in OWN:
+                raise ValueError(f"{at}.name: a run calls another directory {stage.directory}; choose another name")
+            if stage.directory in names:
+                raise ValueError(
+                    f"{at}.name: stages.{names[stage.directory]} is called {stage.directory} already; give it a name"
+                )
+            names[stage.directory] = i
+            if stage.kind == "layers" and others:
+                raise ValueError(f"{at}.objective: layers after {others}; align the layers first")
+            if stage.kind != "layers":
+                others = others or stage.kind
+            if stage.kind == "distill":
+                if stage.length < longest:
+                    raise ValueError(f"{at}.length: {stage.length} after {longest}; lengths must not fall")
+                longest = stage.length
+        self.parts()
         return self
 
     @field_validator("rank")
@@ -86,21 +94,47 @@ class Recipe(BaseModel):
     def extension_teacher(self) -> Path:
         return self.teacher or self.base
 
+    def parts(self) -> list[tuple[float, float]]:
+        """Which part of the data each stage reads, [start, end) of 0 to 1: its share, else what is left, by tokens.
 
-def read_recipe(path: Path) -> Recipe:
-    """Reads and checks a recipe. HyloError names every unknown key and bad value with its path, in one line."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise HyloError(f"recipe {path} does not exist; check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise HyloError(f"recipe {path} cannot be read ({error}); check the file") from error
-    except yaml.YAMLError as error:
-        raise HyloError(f"recipe {path} is not YAML ({' '.join(str(error).split())}); mend the file") from error
-    if not isinstance(values, dict):
+        Preferences are data of their own: a dpo stage has (0, 1) of them. Raises ValueError for shares above 1.
+        """
+        reading = [stage for stage in self.stages if stage.kind != "dpo"]
+        given = sum(stage.share or 0 for stage in reading)
+        unnamed = sum(stage.tokens for stage in reading if stage.share is None)
+        if given > 1 + 1e-9 or (unnamed and given > 1 - 1e-9):
+            rest = ", and the stages without one have none left" if unnamed else ""
+            raise ValueError(f"stages: their shares add up to {given:g}{rest}; at most 1 is there")
+        parts, start = [], 0.0
+        for stage in self.stages:
+            if stage.kind == "dpo":
+                parts.append((0.0, 1.0))
+                continue
+            end = start + (stage.share or (1 - given) * stage.tokens / unnamed)
+            parts.append((start, min(end, 1.0)))
+            start = end
+        return parts
+
+    def with_models(self, weights: bool = True) -> "Recipe":
+        """The same with every Hub name replaced by the directory that it was downloaded to, if asked without weights.
+
+        Raises HyloError, with how to mend it, where the Hub cannot be reached or has no such model.
+        """
+        models = {key: getattr(self, key) for key in MODELS}
+        update = {key: snapshot(path, weights) for key, path in models.items() if path and is_hub_name(path)}
+        return self.model_copy(update=update)
+
+
+def read_recipe(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Reads and checks a recipe, with `a.b=c` of `overrides` set; what it `extends` is read first.
+
+    HyloError names every unknown key and bad value with its path, in one line.
+    """
+    values = read_values(path, overrides)
+    if not values:
         raise HyloError(f"recipe {path} holds no keys; write at least {', '.join(required_keys())}")
     try:
-        return _resolve(Recipe.model_validate(values), path.parent)
+        return Recipe.model_validate(values)
     except ValidationError as error:
         raise HyloError(f"recipe {path}: {_one_line(error)}") from None
 
@@ -123,27 +157,17 @@ def required_keys() -> list[str]:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-
-
-def _resolve(recipe: Recipe, folder: Path) -> Recipe:
-    def text(source: str) -> str:
-        return source if source == STANDARD_LIBRARY else str((folder / source).resolve())
-
-    data = recipe.data.model_copy(
-        update={"text": [text(s) for s in recipe.data.text], "held_out": [text(s) for s in recipe.data.held_out]}
-    )
-    update: dict[str, Any] = {"base": (folder / recipe.base).resolve(), "data": data}
-    if recipe.teacher is not None:
-        update["teacher"] = (folder / recipe.teacher).resolve()
-    return recipe.model_copy(update=update)
+    return dump_yaml(recipe.model_dump(mode="json"))
 
 
 def _one_line(error: ValidationError) -> str:
     """Each problem as `path.to.key: what is wrong`."""
-    known = {"extra_forbidden": "unknown key; remove it or check its spelling"}
-    return "; ".join(
-        f"{'.'.join(map(str, item['loc'])) or 'recipe'}: {known.get(item['type'], item['msg'])}"
-        + (f" (got {item['input']!r})" if item["type"] not in ("missing", "extra_forbidden", "value_error") else "")
-        for item in error.errors()
-    )
+    problems = []
+    for item in error.errors():
+        message, at = item["msg"].removeprefix("Value error, "), ".".join(map(str, item["loc"]))
+        if item["type"] == "extra_forbidden":
+            message = "unknown key; remove it or check its spelling"
+        elif item["type"] not in ("missing", "value_error"):
+            message += f" (got {item['input']!r})"
+        problems.append(f"{at}: {message}" if at else message)  # what several keys say together names them itself
+    return "; ".join(problems)

@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3Fo
 
 from hylo.data.rows import RowDataset
 from hylo.distill.align import AlignTrainer, LayerAlignment, TeacherLayers, align, l2_distance
+from hylo.distill.checkpoints import training_directory
 from hylo.distill.metrics import StepMetrics
 from hylo.distill.settings import Training
 from hylo.distill.trainer import Rows
@@ -66,9 +67,7 @@ def test_the_final_norm_trains_with_the_last_layer(
     base: LlamaForCausalLM, build_student: BuildStudent, tmp_path: Path, rows: Rows, training: MakeTraining
 ) -> None:
     student = build_student(base, ["attention", "attention", "mamba2"])
-    alignment = LayerAlignment(student, base)
-    assert alignment.layers == [2]
-    train(alignment, base, rows, training(), tmp_path / "run")
+    train(LayerAlignment(student, [2]), base, rows, training(), tmp_path / "run")
     assert not torch.equal(student.model.norm.weight, base.model.norm.weight)
     assert torch.equal(student.lm_head.weight, base.lm_head.weight)
 
@@ -79,12 +78,10 @@ def test_layers_are_independent(
     mixers = ["gated_deltanet", "mla", "mamba2"]
     settings = training(clip=0.05)  # small enough to bite at every step: a norm over all layers would couple them
     together = build_student(base, mixers)
-    train(LayerAlignment(together, base), base, rows, settings, tmp_path / "together")
+    train(LayerAlignment(together, range(3)), base, rows, settings, tmp_path / "together")
     for i in range(3):
         alone = build_student(base, mixers)
-        alignment = LayerAlignment(alone, base)
-        alignment.layers = [i]
-        train(alignment, base, rows, settings, tmp_path / f"alone-{i}")
+        train(LayerAlignment(alone, [i]), base, rows, settings, tmp_path / f"alone-{i}")
         for name, tensor in alone.model.layers[i].state_dict().items():
             assert torch.equal(tensor, together.model.layers[i].state_dict()[name]), (i, name)
             assert name.endswith(("A_log", "D")) or not torch.equal(
@@ -113,9 +110,9 @@ def test_losses_equal_those_of_one_backward_over_all_layers(
         want = want + (output - hidden[i + 1].detach()).norm(dim=-1).mean()
         want = want + (mixer_outputs[f"s{i}"] - mixer_outputs[f"t{i}"].detach()).norm(dim=-1).mean()
 
-    alignment = LayerAlignment(student, base)
+    alignment = LayerAlignment(student, range(3))
     with torch.no_grad():
-        states = TeacherLayers(base)(ids)
+        states = TeacherLayers(base)({"input_ids": ids})
     losses = [alignment(i, states[i]) for i in alignment.layers]
     torch.testing.assert_close(sum(losses, torch.zeros(())), want)
 
@@ -124,11 +121,10 @@ def test_layers_that_are_the_bases_own_have_no_loss_and_a_finite_gradient(
     base: LlamaForCausalLM, build_student: BuildStudent
 ) -> None:
     student = build_student(base, ["attention"] * 3)
-    alignment = LayerAlignment(student, base)
-    assert alignment.layers == []
+    alignment = LayerAlignment(student, [])
     student.requires_grad_()
     with torch.no_grad():
-        states = TeacherLayers(base)(torch.randint(0, 64, (2, 16)))
+        states = TeacherLayers(base)({"input_ids": torch.randint(0, 64, (2, 16))})
     for i in range(3):
         loss = alignment(i, states[i])
         loss.backward()
@@ -150,7 +146,7 @@ def test_teachers_of_other_kinds_are_read_alike(build_student: BuildStudent) -> 
     qwen = Qwen3ForCausalLM(Qwen3Config(**shape, num_attention_heads=4, num_key_value_heads=2, head_dim=8)).eval()
     ids = torch.randint(0, 64, (2, 16))
     with torch.no_grad():
-        states = TeacherLayers(qwen)(ids)
+        states = TeacherLayers(qwen)({"input_ids": ids})
         want = qwen(ids, output_hidden_states=True).hidden_states
     assert all(
         torch.equal(s.input, h) and torch.equal(s.output, n) for s, h, n in zip(states, want, want[1:], strict=False)
@@ -160,8 +156,8 @@ def test_teachers_of_other_kinds_are_read_alike(build_student: BuildStudent) -> 
 def test_a_hylo_model_can_be_the_teacher(base: LlamaForCausalLM, build_student: BuildStudent) -> None:
     ids = torch.randint(0, 64, (2, 16))
     with torch.no_grad():
-        ours = TeacherLayers(build_student(base, ["attention"] * 3))(ids)
-        bases = TeacherLayers(base)(ids)
+        ours = TeacherLayers(build_student(base, ["attention"] * 3))({"input_ids": ids})
+        bases = TeacherLayers(base)({"input_ids": ids})
     for a, b in zip(ours, bases, strict=True):
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
@@ -184,6 +180,9 @@ def test_bf16_trains_float32_weights(
     assert load_model(tmp_path / "a").config.dtype == torch.float32
 
 
+STREAM = np.random.default_rng(0).integers(0, 64, 4000).astype(np.int32)  # as in `rows`
+
+
 def broken_rows(length: int, count: int) -> RowDataset:
     class Broken(RowDataset):
         def __getitem__(self, index: int) -> dict[str, Tensor]:
@@ -191,19 +190,23 @@ def broken_rows(length: int, count: int) -> RowDataset:
                 raise RuntimeError("boom")
             return super().__getitem__(index)
 
-    return Broken(np.zeros(1000, np.int32), length, count, seed=0)
+    return Broken(STREAM, length, count, seed=0)
 
 
-def test_an_interrupted_run_leaves_nothing(
-    base_directory: Path, student_directory: Path, tmp_path: Path, training: MakeTraining
+def test_an_interrupted_run_goes_on(
+    base_directory: Path, student_directory: Path, tmp_path: Path, rows: Rows, training: MakeTraining
 ) -> None:
-    before = sorted(tmp_path.iterdir())
+    settings, out = training(save_every=1), tmp_path / "out"
+    align(base_directory, student_directory, tmp_path / "whole", rows, settings)
+    before = set(tmp_path.iterdir())
     with pytest.raises(RuntimeError, match="boom"):
-        align(base_directory, student_directory, tmp_path / "out", broken_rows, training())
-    assert sorted(tmp_path.iterdir()) == before
+        align(base_directory, student_directory, out, broken_rows, settings)
+    assert set(tmp_path.iterdir()) - before == {training_directory(out)}
+    align(base_directory, student_directory, out, rows, settings)
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
 
 
-def test_a_loss_that_is_not_finite_names_step_and_layer(
+def test_a_weight_that_is_not_finite_is_named_before_training(
     base_directory: Path,
     base: LlamaForCausalLM,
     build_student: BuildStudent,
@@ -214,7 +217,7 @@ def test_a_loss_that_is_not_finite_names_step_and_layer(
     student = build_student(base, ["gated_deltanet", "mla", "attention"])
     nn.init.constant_(student.model.layers[1].mlp.up_proj.weight, float("nan"))
     student.save_pretrained(tmp_path / "broken")
-    with pytest.raises(HyloError, match=r"the loss of layer 1 is nan at step 1"):
+    with pytest.raises(HyloError, match="model.layers.1.mlp.up_proj.weight in .*broken holds NaN"):
         align(base_directory, tmp_path / "broken", tmp_path / "out", rows, training())
     assert not (tmp_path / "out").exists()
 

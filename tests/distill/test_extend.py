@@ -12,7 +12,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from hylo.distill.extend import LongDistillation, extend
+from hylo.distill.extend import extend
+from hylo.distill.objectives import LongDistillation, TeacherStates
 from hylo.distill.settings import Training
 from hylo.distill.trainer import Rows
 from hylo.errors import HyloError
@@ -123,7 +124,8 @@ def test_progress_on_a_terminal_is_a_bar(
     written = io.StringIO()
     console = Console(file=written, width=120, force_terminal=True)
     extend(student_directory, base_directory, tmp_path / "out", rows, training(), yarn_original=16, console=console)
-    assert "12/12" in written.getvalue() and "tokens/s" in written.getvalue() and "step 12 of" not in written.getvalue()
+    text = written.getvalue()
+    assert "12 of 12" in text and "tokens/s" in text and "step 6 of 12" not in text  # one line, when all is done
 
 
 def test_a_loss_that_is_not_finite_names_the_step(
@@ -137,7 +139,7 @@ def test_a_loss_that_is_not_finite_names_the_step(
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_a_full_disk_leaves_nothing(
+def test_a_full_disk_leaves_what_the_same_call_goes_on_with(
     base_directory: Path,
     student_directory: Path,
     tmp_path: Path,
@@ -148,10 +150,14 @@ def test_a_full_disk_leaves_nothing(
     def full(*args: Any, **kwargs: Any) -> None:
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(HyloForCausalLM, "save_pretrained", full)
-    with pytest.raises(HyloError, match="cannot write .*out: No space left on device"):
-        extend(student_directory, base_directory, tmp_path / "out", rows, training(), yarn_original=16)
-    assert not list(tmp_path.glob("*out*"))
+    arguments = (student_directory, base_directory, tmp_path / "out", rows, training(save_every=6), 16)
+    with monkeypatch.context() as patched:
+        patched.setattr(HyloForCausalLM, "save_pretrained", full)
+        with pytest.raises(HyloError, match="cannot write .*out.*: No space left on device; .* goes on .*"):
+            extend(*arguments)
+    assert not (tmp_path / "out").exists()
+    extend(*arguments)
+    assert [step["step"] for step in read_metrics(tmp_path / "out")] == list(range(1, 13))
 
 
 def test_bad_inputs_are_named(
@@ -180,6 +186,7 @@ def test_bad_inputs_are_named(
 def test_the_head_of_the_student_gets_a_gradient(base: LlamaForCausalLM, build_student: Any) -> None:
     student = build_student(base, ["mla", "mamba2", "gated_deltanet"])
     hidden = base.model(torch.randint(0, 64, (2, 8))).last_hidden_state.detach()
-    LongDistillation(student)(torch.randint(0, 64, (2, 8)), hidden, base.lm_head.weight).backward()
+    batch = {"input_ids": torch.randint(0, 64, (2, 8))}
+    LongDistillation(student)(batch, TeacherStates(hidden, base.lm_head.weight)).backward()
     assert base.lm_head.weight.grad is None
     assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())

@@ -16,13 +16,15 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
+from torch.utils.data import Dataset
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from hylo.data.rows import RowDataset
 from hylo.distill import cache_writer
 from hylo.distill.cache import TeacherCache, file_hash
 from hylo.distill.cache_writer import CacheSettings, TeacherOfRows, write_teacher_cache
-from hylo.distill.extend import CachedDistillation, LongDistillation, extend, extend_from_cache
+from hylo.distill.extend import extend, extend_from_cache
+from hylo.distill.objectives import CachedDistillation, LongDistillation, TeacherStates
 from hylo.distill.settings import Training
 from hylo.distill.student import freeze_head, read_head
 from hylo.distill.trainer import Rows
@@ -62,6 +64,7 @@ def steps_of(out: Path) -> list[dict[str, Any]]:
 
 def of_cache(training: MakeTraining, **changes: Any) -> Training:
     values = {"length": LENGTH, "rows": ROWS, "tokens": ORDER["tokens"], "learning_rate": 1e-3, "weight_decay": 0.1}
+    values["trains"] = "all_but_head"
     return training(**values | changes)
 
 
@@ -73,7 +76,7 @@ def test_holds_the_rows_and_what_the_teacher_says_of_them(
         "manifest.json",
         *(f"rows-0000{i}.safetensors" for i in range(5)),
     ]
-    assert manifest["complete"] and manifest["version"] == 1 and manifest["recipe"]["temperature"] == 1.0
+    assert manifest["complete"] and manifest["version"] == 2 and manifest["recipe"]["temperature"] == 1.0
     assert all(file_hash(cache / shard["file"]) == shard["sha256"] for shard in manifest["shards"])
     head = read_head(student_directory).double()
     dataset = TeacherCache(cache).dataset(LENGTH, 24)
@@ -90,21 +93,41 @@ def test_holds_the_rows_and_what_the_teacher_says_of_them(
         )
 
 
+def test_packed_documents_are_kept_apart(
+    write: Write, base: LlamaForCausalLM, rows: Rows, student_directory: Path, tmp_path: Path
+) -> None:
+    """Every row is two documents; the teacher reads them as if each were alone, and a batch says where they begin."""
+
+    class Packed(Dataset[dict[str, Tensor]]):
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            positions = torch.cat((torch.arange(5), torch.arange(LENGTH - 5)))
+            return rows(LENGTH, 24)[index] | {"position_ids": positions}
+
+    cache = TeacherCache(write(tmp_path / "packed", rows=lambda length, count: Packed()))
+    assert cache.recipe.packed and cache.recipe.token_bytes == TOKEN_BYTES + 4
+    cache.verify(lambda length, count: Packed())
+    row, head = cache.dataset(LENGTH, 24)[7], read_head(student_directory)
+    assert torch.equal(row["position_ids"], Packed()[7]["position_ids"]) and row["position_ids"].dtype == torch.int64
+    with torch.no_grad():
+        log_p = [torch.log_softmax(base(ids[None]).logits[0], -1) for ids in row["input_ids"].split((5, LENGTH - 5))]
+    torch.testing.assert_close(row["vectors"], torch.cat(log_p).exp() @ head, rtol=1e-4, atol=1e-4)
+    with pytest.raises(HyloError, match=r"other rows than teacher cache .*packed was made of"):
+        cache.verify(rows)
+
+
 def test_losses_and_gradients_are_those_of_the_live_teacher(
     cache: Path, base: LlamaForCausalLM, build_student: Any, student_directory: Path
 ) -> None:
-    batch = [TeacherCache(cache).dataset(LENGTH, 4)[i] for i in range(4)]
-    ids, vectors, neg_entropy = (
-        torch.stack([row[key] for row in batch]) for key in ("input_ids", "vectors", "neg_entropy")
-    )
+    rows = [TeacherCache(cache).dataset(LENGTH, 4)[i] for i in range(4)]
+    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
     students = []
     for _ in range(2):
         students.append(build_student(base, ["gated_deltanet", "mla", "attention"]))
         freeze_head(students[-1], read_head(student_directory))
     with torch.no_grad():
-        hidden = base.model(ids).last_hidden_state
-    live = LongDistillation(students[0])(ids, hidden, base.lm_head.weight)
-    cached = CachedDistillation(students[1], 64)(ids, vectors, neg_entropy)
+        hidden = base.model(batch["input_ids"]).last_hidden_state
+    live = LongDistillation(students[0])(batch, TeacherStates(hidden, base.lm_head.weight))
+    cached = CachedDistillation(students[1])(batch)
     assert cached.item() == pytest.approx(live.item(), rel=1e-5)
     live.backward()
     cached.backward()
@@ -122,7 +145,7 @@ def test_a_run_from_the_cache_is_the_live_run_with_a_frozen_head(
 ) -> None:
     settings = of_cache(training)
     extend_from_cache(student_directory, cache, tmp_path / "cached", settings, 8, rows, QUIET)
-    extend(student_directory, base_directory, tmp_path / "live", rows, settings, 8, QUIET, frozen_head=True)
+    extend(student_directory, base_directory, tmp_path / "live", rows, settings, 8, QUIET)
     cached, live = steps_of(tmp_path / "cached"), steps_of(tmp_path / "live")
     assert [step["loss"] for step in cached] == pytest.approx([step["loss"] for step in live], rel=1e-5)
     assert live[-1]["loss"] < live[0]["loss"]
@@ -159,7 +182,7 @@ def test_a_teacher_of_another_width_and_part_of_the_rows(
     cache = write(tmp_path / "cache", teacher=tmp_path / "wide")
     part = of_cache(training, tokens=3 * ROWS * LENGTH)
     extend_from_cache(student_directory, cache, tmp_path / "out", part, 8, console=QUIET)
-    extend(student_directory, tmp_path / "wide", tmp_path / "live", rows, part, 8, QUIET, frozen_head=True)
+    extend(student_directory, tmp_path / "wide", tmp_path / "live", rows, part, 8, QUIET)
     losses, live = ([step["loss"] for step in steps_of(tmp_path / name)] for name in ("out", "live"))
     assert len(losses) == 3 and losses == pytest.approx(live, rel=1e-5)
 
@@ -184,7 +207,7 @@ def test_a_teacher_in_bf16_is_the_live_one_in_bf16(
 ) -> None:
     cache, settings = write(tmp_path / "cache", precision="bf16"), of_cache(training, precision="bf16")
     extend_from_cache(student_directory, cache, tmp_path / "cached", settings, 8, console=QUIET)
-    extend(student_directory, base_directory, tmp_path / "live", rows, settings, 8, QUIET, frozen_head=True)
+    extend(student_directory, base_directory, tmp_path / "live", rows, settings, 8, QUIET)
     cached, live = (steps_of(tmp_path / name)[0]["loss"] for name in ("cached", "live"))
     assert cached == pytest.approx(live, abs=3e-3)
 
@@ -199,11 +222,11 @@ def teacher_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls = [0, -1]
     call = TeacherOfRows.__call__
 
-    def counted(self: TeacherOfRows, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def counted(self: TeacherOfRows, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         calls[0] += 1
         if calls[0] == calls[1]:
             raise Killed
-        return call(self, ids)
+        return call(self, batch)
 
     monkeypatch.setattr(TeacherOfRows, "__call__", counted)
     return calls
@@ -289,11 +312,10 @@ def test_a_part_of_something_else_is_refused(
 
 
 def test_a_full_disk_keeps_what_is_there(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sync, synced = cache_writer.os.fsync, []
+    sync = cache_writer.os.fsync
 
     def full(file: int) -> None:
-        synced.append(file)
-        if len(synced) == 5:  # the third shard: a shard and its note are flushed one after the other
+        if (tmp_path / "cache.partial" / ".rows-00002.safetensors.aside").exists():
             raise OSError(28, "No space left on device")
         sync(file)
 
@@ -374,7 +396,7 @@ def test_damaged_caches_are_never_read(
         ("rows-00002.safetensors has 9 bytes", lambda c: (c / shard).write_bytes(b"truncated")),
         ("is damaged", lambda c: shutil.copyfile(c / "rows-00001.safetensors", c / shard)),
         ("is incomplete; call the same", lambda c: edit(c, lambda m: m.update(complete=False))),
-        ("format version 2, and this hylo reads version 1", lambda c: edit(c, lambda m: m.update(version=2))),
+        ("format version 1, and this hylo reads version 2", lambda c: edit(c, lambda m: m.update(version=1))),
         ("is of format None", lambda c: edit(c, lambda m: m.pop("format"))),
         (r"damaged \(recipe.width", lambda c: edit(c, lambda m: m["recipe"].update(width="wide"))),
         (r"damaged \(recipe.temperature", lambda c: edit(c, lambda m: m["recipe"].update(temperature=2.0))),

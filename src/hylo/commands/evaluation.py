@@ -22,12 +22,12 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="also write the result here")] = None,
 ) -> None:
     """Measures perplexity, KL to a teacher and needle retrieval, by length and depth."""
+    from hylo.checkpoint import read_tokenizer
     from hylo.data.retrieval import FactFormat
     from hylo.data.sources import STANDARD_LIBRARY, whole_stream
     from hylo.evaluate.evaluate import evaluate as run
     from hylo.evaluate.evaluate import print_results
     from hylo.files import write_json
-    from hylo.pipeline import read_tokenizer
 
     tokenizer = read_tokenizer(model)
     result = run(

@@ -1,4 +1,4 @@
-"""hylo convert, import and export: directories from directories, without training."""
+"""hylo convert, import, export and assemble: directories from directories, without training."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -56,6 +56,7 @@ def convert(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
 ) -> None:
     """Replaces the base's attention by the layout's mixers, initialised from it."""
+    from hylo.checkpoint import read_tokenizer
     from hylo.convert import (
         Initialisation,
         measure_ranks,
@@ -66,7 +67,8 @@ def convert(
         with_energy,
     )
     from hylo.convert import convert as run
-    from hylo.pipeline import read_calibration
+    from hylo.data.settings import Data
+    from hylo.data.training import TrainingData
     from hylo.plan import make_plan
     from hylo.recipe import parse_rank
 
@@ -74,7 +76,10 @@ def convert(
     figures = geometry_of(geometry) | ({} if number is None else {"kv_lora_rank": number})
     result = make_plan(base, layout, indices(mla_layers), figures, dtype, k_norm=k_norm)
     absent(out)
-    ids = read_calibration(base, calibrate, calibration_tokens, calibration_length) if calibrate else None
+    ids = None
+    if calibrate:  # what an evaluation would read is left out
+        text = TrainingData(Data.model_validate({"text": calibrate}), read_tokenizer(base))
+        ids = text.calibration(calibration_tokens, calibration_length)
     initialisation = Initialisation(init, linear_init, rope_key, ids, linear_fraction, linear_steps)
     initialisation.check(result)  # what is wrong is said in a dry run too
     checkpoint = read_base(base)
@@ -153,3 +158,19 @@ def _renames(settings: list[str] | None) -> dict[str, str]:
             raise HyloError(f"--map {setting}: write OLD=NEW, e.g. mla.query_norm.weight=mla.q_norm.weight")
         renames[old] = new
     return renames
+
+
+def assemble(
+    all_mla: Annotated[Path, typer.Argument(help="aligned directory to take the MLA (or attention) layers from")],
+    all_linear: Annotated[Path, typer.Argument(help="aligned directory to take all other layers from")],
+    out: OutArgument,
+    mla_layers: Annotated[str, typer.Option(help="indices of the MLA (or attention) layers, e.g. 1,5,10,14")],
+) -> None:
+    """Builds a hybrid from two aligned students of one base, an all-MLA and an all-linear one, layer by layer."""
+    from hylo.convert.assemble import assemble as run
+
+    with Progress(
+        *Progress.get_default_columns(), console=shared.console, disable=not shared.console.is_terminal
+    ) as bar:
+        run(all_mla, all_linear, out, indices(mla_layers) or [], shown(bar, "assemble"))
+    shared.console.print(f"wrote {out}")

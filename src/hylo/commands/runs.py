@@ -1,4 +1,4 @@
-"""hylo upcycle and demo, which run everything, and env, which says on what."""
+"""hylo upcycle and demo, which run everything, status, which says how far, and env, which says on what."""
 
 import json
 from pathlib import Path
@@ -7,17 +7,59 @@ from typing import Annotated
 import typer
 
 from hylo.commands import shared
+from hylo.commands.shared import AsPublishedOption, TrackOption
+from hylo.errors import HyloError
 
 
 def upcycle(
     recipe: Annotated[Path, typer.Argument(help="YAML file; see recipes/")],
-    out: Annotated[Path, typer.Option(help="directory of the run; a second call goes on where the first stopped")],
+    out: Annotated[
+        Path | None, typer.Option(help="directory of the run; a second call goes on where the first stopped")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE over the recipe's, e.g. stages.0.tokens=1000; repeatable"),
+    ] = None,
+    as_published: AsPublishedOption = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="print plan, steps, schedules and memory, and stop; needs config.json only"),
+    ] = False,
+    devices: Annotated[int, typer.Option(help="of --dry-run: that the run will have", min=1)] = 1,
+    track: TrackOption = None,
 ) -> None:
-    """Runs a whole recipe: plan, convert, align, extend, evaluate, report."""
-    from hylo.pipeline import upcycle as run
+    """Runs a whole recipe: plan, convert, train every stage, evaluate, report."""
     from hylo.recipe import read_recipe
 
-    run(read_recipe(recipe), out, shared.console)
+    overrides = [*(settings or []), *(["data.boundaries=false"] if as_published else [])]
+    read = read_recipe(recipe, overrides)
+    if dry_run:
+        from hylo.dry_run import dry_run as show
+
+        show(read, shared.console, devices)
+        return
+    if out is None:
+        raise HyloError("upcycle needs --out, the directory of the run")
+    from hylo.distill.tracking import tracked
+    from hylo.pipeline import upcycle as run
+
+    shared.launch()
+    with tracked(track):
+        run(read, out, shared.console)
+
+
+def status(
+    run: Annotated[Path, typer.Argument(help="directory of a run, or the OUT of align or extend")],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Says how far a run is: stages, step, loss, speed, time left, last checkpoint, and the command that goes on."""
+    from hylo.status import print_status, run_status
+
+    found = run_status(run)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        print_status(found, shared.console)
 
 
 def demo(

@@ -23,6 +23,10 @@ LayoutOption = Annotated[str, typer.Option(help="e.g. 4MLA12GDN, 8MLA8M2, 8A8M2"
 PositionsOption = Annotated[str | None, typer.Option(help="indices of the MLA (or attention) layers, e.g. 1,5,10,14")]
 GeometryOption = Annotated[list[str] | None, typer.Option("--set", help="a figure of the mixers, e.g. gdn_num_heads=4")]
 KNormOption = Annotated[KNorm, typer.Option(help="Qwen3's key norm in MLA: kept, or its mean folded into the weights")]
+AsPublishedOption = Annotated[
+    bool, typer.Option("--as-published", help="rows without document boundaries, as the paper packed them")
+]
+TrackOption = Annotated[str | None, typer.Option(help="trackio or wandb, beside JSONL and TensorBoard")]
 
 TensorParallelOption = Annotated[int, typer.Option(help="devices that the model is cut into", min=1)]
 MaxModelLenOption = Annotated[
@@ -30,6 +34,16 @@ MaxModelLenOption = Annotated[
 ]
 UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+def launch() -> None:
+    """Joins the processes that torchrun or accelerate launch started, if they did; only the first one prints."""
+    global console
+    from hylo import parallel
+
+    parallel.start()
+    if not parallel.is_main():
+        console = Console(quiet=True)
 
 
 def absent(out: Path) -> None:

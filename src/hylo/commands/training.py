@@ -1,17 +1,38 @@
-"""hylo align, extend and teacher-cache: the stages that train, each alone."""
+"""hylo align, extend and teacher-cache: the stages that train, each alone; the same command again goes on."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from hylo.commands import shared
-from hylo.commands.shared import BaseArgument, OutArgument, Precision, absent
+from hylo.commands.shared import (
+    AsPublishedOption,
+    BaseArgument,
+    OutArgument,
+    Precision,
+    TrackOption,
+    absent,
+    launch,
+)
 from hylo.errors import HyloError
 
-DataOption = Annotated[list[str], typer.Option("--data", help="text file, folder, or python-stdlib; repeatable")]
+if TYPE_CHECKING:
+    from hylo.data.settings import Data
+
+DATA = "text file, folder, python-stdlib, or .jsonl or .parquet with a column text; repeatable"
+DataOption = Annotated[list[str], typer.Option("--data", help=DATA)]
 FactsOption = Annotated[float, typer.Option(help="share of rows with synthetic retrieval", min=0, max=1)]
+SettingsOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="KEY=VALUE, any key of a recipe's stage, e.g. micro_rows=4; repeatable"),
+]
+EpochsOption = Annotated[int, typer.Option(help="times that the text may be read", min=1)]
+
+NAMES = {"layers": "align", "distill": "extend", "on_policy": "on-policy", "dpo": "dpo"}  # whose rows are drawn
 
 # What fixes an extension's rows, for hylo extend and hylo teacher-cache alike.
 EXTENSION: dict[str, Any] = {"length": 8192, "tokens": 8_000_000_000, "rows": 32, "facts": 0.0, "seed": 0}
@@ -30,19 +51,16 @@ def align(
     learning_rate: Annotated[float, typer.Option(help="peak")] = 2e-4,
     precision: Annotated[Precision, typer.Option()] = "bf16",
     seed: Annotated[int, typer.Option()] = 0,
+    layers_at_once: Annotated[int | None, typer.Option(help="layers in memory at a time; all if left out")] = None,
+    settings: SettingsOption = None,
+    as_published: AsPublishedOption = False,
+    epochs: EpochsOption = 1,
+    track: TrackOption = None,
 ) -> None:
     """Stage 1: every layer learns to do what the base's layer does, fed the base's hidden states."""
-    from hylo.distill.align import align as run
-    from hylo.pipeline import TrainingData, read_tokenizer
-    from hylo.recipe import Data
-
-    absent(out)
-    training = training_of(
-        length=length, tokens=tokens, rows=rows, learning_rate=learning_rate, precision=precision, seed=seed
-    )
-    source = TrainingData(Data(text=data, facts=facts), read_tokenizer(student))
-    run(base, student, out, source.rows("align", seed), training)
-    shared.console.print(f"wrote {out}")
+    given: dict[str, Any] = {"length": length, "tokens": tokens, "rows": rows, "learning_rate": learning_rate}
+    given |= {"seed": seed, "precision": precision, "objective": "layers", "layers_at_once": layers_at_once}
+    _train(given, settings, student, out, base, base, Text(data, facts, not as_published, epochs), track, 1)
 
 
 def extend(
@@ -51,9 +69,7 @@ def extend(
     teacher: Annotated[
         Path | None, typer.Option(help="directory of the teacher: the base, or a larger model of its family")
     ] = None,
-    data: Annotated[
-        list[str] | None, typer.Option("--data", help="text file, folder, or python-stdlib; repeatable")
-    ] = None,
+    data: Annotated[list[str] | None, typer.Option("--data", help=DATA)] = None,
     teacher_cache: Annotated[
         Path | None, typer.Option(help="directory written by teacher-cache, in place of --teacher and --data")
     ] = None,
@@ -73,30 +89,69 @@ def extend(
     yarn_original: Annotated[int, typer.Option(help="context above which YaRN stretches positions", min=1)] = 2048,
     precision: Annotated[Precision | None, typer.Option(help="default bf16, or the cache's")] = None,
     seed: Annotated[int | None, typer.Option(help="of the rows; default 0, or the cache's")] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(help="forward_kl, reverse_kl, jsd, cross_entropy, {forward_kl: 0.9, ...}, on_policy or dpo"),
+    ] = None,
     frozen_head: Annotated[
         bool, typer.Option("--frozen-head", help="train all but the head, as from a cache; a tied one is untied")
     ] = False,
+    settings: SettingsOption = None,
+    as_published: AsPublishedOption = False,
+    epochs: EpochsOption = 1,
+    track: TrackOption = None,
 ) -> None:
     """Stage 2: distils the whole hybrid from a teacher at a longer context, with YaRN on the MLA layers."""
-    from hylo.distill.extend import extend as run
-    from hylo.pipeline import TrainingData, read_tokenizer
-    from hylo.recipe import Data
-
-    absent(out)
     given = {"length": length, "tokens": tokens, "rows": rows, "facts": facts, "seed": seed, "precision": precision}
+    common: dict[str, Any] = {"learning_rate": learning_rate} | ({"trains": "all_but_head"} if frozen_head else {})
+    if objective is not None:
+        common["objective"] = from_yaml("--objective", objective)
     if teacher_cache is not None:
         if teacher is not None:
             raise HyloError("give either --teacher with --data, or --teacher-cache, not both; leave one of them out")
-        _extend_from_cache(student, out, teacher_cache, data, given, learning_rate, yarn_original)
-    else:
-        if teacher is None or not data:
-            raise HyloError("extend needs either --teacher and --data, or --teacher-cache; give one of the two")
-        values = EXTENSION | {key: value for key, value in given.items() if value is not None}
-        text = Data(text=data, facts=values.pop("facts"))
-        training = training_of(**values, learning_rate=learning_rate)
-        source = TrainingData(text, read_tokenizer(student))
-        rows_of = source.rows("extend", training.seed)
-        run(student, teacher, out, rows_of, training, yarn_original, shared.console, frozen_head)
+        if objective is not None:
+            raise HyloError("a teacher cache is made for forward_kl; leave --objective out")
+        text = Text(data, facts or 0.0, not as_published, epochs) if data else None
+        _extend_from_cache(student, out, teacher_cache, text, given, common, settings, yarn_original)
+        return
+    values = EXTENSION | {key: value for key, value in given.items() if value is not None}
+    share = values.pop("facts")
+    if not data:
+        raise HyloError("extend needs either --teacher and --data, or --teacher-cache; give one of the two")
+    text = Text(data, share, not as_published, epochs)
+    _train(values | common, settings, student, out, None, teacher, text, track, yarn_original)
+
+
+def _train(
+    given: dict[str, Any],
+    settings: list[str] | None,
+    student: Path,
+    out: Path,
+    base: Path | None,
+    teacher: Path | None,
+    text: "Text",
+    track: str | None,
+    yarn_original: int,
+) -> None:
+    from hylo.checkpoint import read_tokenizer
+    from hylo.data.training import TrainingData
+    from hylo.distill.settings import Training
+    from hylo.distill.tracking import tracked
+    from hylo.stages import Materials, run_stage
+
+    launch()
+    absent(out)
+    training = validated(Training, **given | settings_of(settings))
+    if training.teacher_source == "cache":
+        raise HyloError("a stage from a cache: give --teacher-cache in place of --set teacher=cache")
+    if training.teacher_source == "live" and teacher is None:
+        wanted = "give either --teacher and --data, or --teacher-cache"
+        raise HyloError(f"objective {' + '.join(training.objective)} needs a teacher; {wanted}")
+    data = text.data(preferences=training.kind == "dpo")
+    source = TrainingData(data, read_tokenizer(student), console=shared.console)
+    materials = Materials(base, teacher, source, yarn_original, shared.console)
+    with tracked(track):
+        run_stage(training, student, out, materials, NAMES[training.kind])
     shared.console.print(f"wrote {out}")
 
 
@@ -104,27 +159,35 @@ def _extend_from_cache(
     student: Path,
     out: Path,
     cache: Path,
-    data: list[str] | None,
+    text: "Text | None",
     given: dict[str, Any],
-    learning_rate: float,
+    common: dict[str, Any],
+    settings: list[str] | None,
     yarn_original: int,
 ) -> None:
     """What is not given is the cache's; what is given must be the cache's."""
+    from hylo.checkpoint import read_tokenizer
+    from hylo.data.training import TrainingData
     from hylo.distill.cache import TeacherCache
     from hylo.distill.extend import extend_from_cache as run
-    from hylo.pipeline import TrainingData, read_tokenizer
-    from hylo.recipe import Data
+    from hylo.distill.settings import Training
 
+    launch()
+    absent(out)
     held = TeacherCache(cache)
     held.check_order(**{key: value for key, value in given.items() if key != "precision"})
     own = held.recipe.model_dump() | {"tokens": held.recipe.tokens}
     given = {key: own[key] if value is None else value for key, value in given.items()}
     facts = given.pop("facts")
-    training = training_of(**given, learning_rate=learning_rate)
+    given |= common | {"teacher": "cache", "trains": "all_but_head"}
+    training = validated(Training, **given | settings_of(settings))
     rows = None
-    if data:
-        rows = TrainingData(Data(text=data, facts=facts), read_tokenizer(student)).rows("extend", training.seed)
+    if text is not None:
+        data = replace(text, facts=facts).data()
+        source = TrainingData(data, read_tokenizer(student), console=shared.console)
+        rows = source.rows(NAMES["distill"], training.seed)
     run(student, cache, out, training, yarn_original, rows, shared.console)
+    shared.console.print(f"wrote {out}")
 
 
 def teacher_cache(
@@ -142,11 +205,13 @@ def teacher_cache(
     precision: Annotated[Precision, typer.Option(help="that the teacher runs in")] = EXTENSION["precision"],
     seed: Annotated[int, typer.Option(help="of the rows")] = EXTENSION["seed"],
     shard_gib: Annotated[float, typer.Option(help="size of a file", min=0.000001)] = 0.25,
+    as_published: AsPublishedOption = False,
+    epochs: EpochsOption = 1,
 ) -> None:
     """Runs a teacher over an extension's rows and keeps what it says, one vector a token; a second call goes on."""
+    from hylo.checkpoint import read_tokenizer
+    from hylo.data.training import TrainingData
     from hylo.distill.cache_writer import CacheSettings, write_teacher_cache
-    from hylo.pipeline import TrainingData, read_tokenizer
-    from hylo.recipe import Data
 
     absent(out)
     settings = validated(
@@ -160,16 +225,51 @@ def teacher_cache(
         precision=precision,
         dtype=dtype,
     )
-    source = TrainingData(Data(text=data, facts=facts), read_tokenizer(student))
+    text = Text(data, facts, not as_published, epochs).data()
+    source = TrainingData(text, read_tokenizer(student), console=shared.console)
     shard_bytes = int(shard_gib * 2**30)
     write_teacher_cache(teacher, student, out, source.rows("extend", seed), settings, shared.console, shard_bytes)
     shared.console.print(f"wrote {out}")
 
 
-def training_of(**values: Any) -> Any:
-    from hylo.distill.settings import Training
+@dataclass(frozen=True)
+class Text:
+    """What --data and its neighbours say."""
 
-    return validated(Training, **values)
+    paths: list[str]
+    facts: float = 0.0
+    boundaries: bool = True
+    epochs: int = 1
+
+    def data(self, preferences: bool = False) -> "Data":
+        """As a recipe would say it: records by their suffix, text otherwise."""
+        from hylo.data.settings import Data
+
+        columns = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"} if preferences else {}
+        sources: list[dict[str, Any]] = []
+        for path in self.paths:
+            kind = {".jsonl": "jsonl", ".parquet": "parquet"}.get(Path(path).suffix)
+            sources.append({"kind": kind or "text", "paths": [path]} | (columns if kind else {}))
+        if self.facts:
+            sources.append({"kind": "retrieval", "share": self.facts})
+        return Data.model_validate({"sources": sources, "boundaries": self.boundaries, "epochs": self.epochs})
+
+
+def settings_of(settings: list[str] | None) -> dict[str, Any]:
+    values = {}
+    for setting in settings or []:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise HyloError(f"--set {setting}: write KEY=VALUE, e.g. micro_rows=4")
+        values[key] = from_yaml(f"--set {setting}", text)
+    return values
+
+
+def from_yaml(option: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise HyloError(f"{option}: {text!r} is not understood ({' '.join(str(error).split())})") from None
 
 
 def validated(model: type[BaseModel], **values: Any) -> Any:
@@ -177,5 +277,10 @@ def validated(model: type[BaseModel], **values: Any) -> Any:
         return model.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        option = str(first["loc"][0]).replace("_", "-")
-        raise HyloError(f"--{option} {first['input']}: {first['msg']}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        if not first["loc"]:
+            raise HyloError(f"{message}") from None
+        option = str(first["loc"][0])
+        if first["type"] == "extra_forbidden":
+            raise HyloError(f"--set {option}: unknown key; check its spelling") from None
+        raise HyloError(f"--{option.replace('_', '-')} {first['input']}: {message}") from None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hylo.convert.base import BaseCheckpoint
+from hylo.data.retrieval import Stream
 from hylo.errors import HyloError
 from hylo.modeling import HyloConfig, HyloDecoderLayer
 from hylo.modeling.attention import Attention
@@ -40,7 +41,7 @@ class LayerSample:
         return x_ND.T @ x_ND / len(x_ND)
 
 
-def calibration_rows(stream: np.ndarray, tokens: int, length: int) -> Tensor:
+def calibration_rows(stream: Stream, tokens: int, length: int) -> Tensor:
     """About `tokens` tokens as rows of `length`, evenly spread over the stream: (rows, length).
 
     Raises HyloError if the stream is shorter than one row.

@@ -8,6 +8,7 @@ A fact is one line that pairs a key with a value, `# remember amber lagoon`. Two
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -25,6 +26,14 @@ VALUES = (
     "needle nickel oasis ocean olive onion orange orchid otter oyster paddle palace panther parrot peach pebble "
     "pepper piano pigeon pillow pirate planet plum pocket potato pumpkin puzzle rabbit raven ribbon river rocket"
 ).split()
+
+
+class Stream(Protocol):
+    """A run of tokens that windows can be taken of: an array (tokens,), or what stands for one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: slice, /) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -76,15 +85,13 @@ class NeedleRow:
     depths: list[float]
 
 
-def window(rng: np.random.Generator, stream: np.ndarray, length: int) -> np.ndarray:
+def window(rng: np.random.Generator, stream: Stream, length: int) -> np.ndarray:
     """A random run of `length` tokens of a token stream."""
     start = int(rng.integers(0, len(stream) - length + 1))
     return stream[start : start + length]
 
 
-def fact_row(
-    rng: np.random.Generator, stream: np.ndarray, length: int, facts: FactFormat, n: int, repeats: int
-) -> FactRow:
+def fact_row(rng: np.random.Generator, stream: Stream, length: int, facts: FactFormat, n: int, repeats: int) -> FactRow:
     """A training row of `length` tokens: text with `n` facts, each stated `repeats` times at random places."""
     n = min(n, length // (2 * repeats * facts.longest), len(facts.keys))  # at least half of the row stays text
     keys, values = rng.permutation(len(facts.keys))[:n], rng.integers(0, len(facts.values), n)
@@ -112,7 +119,7 @@ def fact_row(
 
 
 def needle_row(
-    rng: np.random.Generator, stream: np.ndarray, length: int, facts: FactFormat, n: int, first_bin: int = 0
+    rng: np.random.Generator, stream: Stream, length: int, facts: FactFormat, n: int, first_bin: int = 0
 ) -> NeedleRow:
     """An evaluation row: `n` needles, one in each n-th of the haystack, then all `n` questions in random order.
 

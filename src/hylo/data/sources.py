@@ -8,21 +8,23 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from hylo.data.settings import STANDARD_LIBRARY
 from hylo.errors import HyloError
 
-STANDARD_LIBRARY = "python-stdlib"
 HELD_OUT_SHARE = 20  # one document in twenty, or the last twentieth of the tokens
 SUFFIXES = {".txt", ".md", ".rst", ".py"}
 
 
-def training_stream(tokenizer: PreTrainedTokenizerBase, sources: Sequence[str]) -> np.ndarray:
-    """Tokens to train on: the sources without what `held_out_stream` takes from them. (tokens,) int32."""
-    return _stream(tokenizer, sources, held_out=False)
-
-
 def held_out_stream(tokenizer: PreTrainedTokenizerBase, sources: Sequence[str]) -> np.ndarray:
-    """Tokens never trained on: a twentieth of the standard library's documents, the last twentieth of other sources."""
-    return _stream(tokenizer, sources, held_out=True)
+    """A twentieth of the standard library's documents, the last twentieth of other sources' tokens: (tokens,) int32."""
+    parts = []
+    for source in sources:
+        if source == STANDARD_LIBRARY:
+            parts.append(token_stream(tokenizer, standard_library(held_out=True)))
+        else:
+            tokens = token_stream(tokenizer, read_documents(Path(source)))
+            parts.append(tokens[len(tokens) - len(tokens) // HELD_OUT_SHARE :])
+    return np.concatenate(parts)
 
 
 def whole_stream(tokenizer: PreTrainedTokenizerBase, sources: Sequence[str]) -> np.ndarray:
@@ -39,15 +41,25 @@ def standard_library(held_out: bool) -> list[str]:
 
     The library's licence (PSF) lets everyone use and redistribute the text; nothing is downloaded.
     """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    documents = []
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root).as_posix()
-        if any(part in name for part in ("site-packages", "test", "idlelib", "encodings", "lib2to3")):
-            continue
-        if (zlib.crc32(name.encode()) % HELD_OUT_SHARE == 0) == held_out:
-            documents.append(path.read_text(encoding="utf-8", errors="replace"))
-    return documents
+    return [
+        path.read_text(encoding="utf-8", errors="replace")
+        for path in standard_library_files()
+        if standard_library_holds_out(path) == held_out
+    ]
+
+
+def standard_library_files() -> list[Path]:
+    """The files of `standard_library`, both parts, in the order of their paths."""
+    root = _standard_library()
+    unwanted = ("site-packages", "test", "idlelib", "encodings", "lib2to3")
+    return [
+        p for p in sorted(root.rglob("*.py")) if not any(part in p.relative_to(root).as_posix() for part in unwanted)
+    ]
+
+
+def standard_library_holds_out(path: Path) -> bool:
+    """Whether a file of the standard library is never trained on."""
+    return zlib.crc32(path.relative_to(_standard_library()).as_posix().encode()) % HELD_OUT_SHARE == 0
 
 
 def read_documents(path: Path) -> list[str]:
@@ -55,18 +67,28 @@ def read_documents(path: Path) -> list[str]:
 
     Raises HyloError if there is no such path, no text below it, or a file that is not UTF-8.
     """
+    documents = [read_text(file) for file in text_files(path)]
+    if not any(documents):
+        raise no_text(path)
+    return documents
+
+
+def text_files(path: Path) -> list[Path]:
+    """The file itself, or the text files below a folder. Raises HyloError if there is no such path."""
     if not path.exists():
         raise HyloError(f"text {path} does not exist; give a file, a folder, or {STANDARD_LIBRARY}")
-    files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file()) if path.is_dir() else [path]
-    documents = []
-    for file in files:
-        try:
-            documents.append(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise HyloError(f"text {file} is not readable UTF-8 ({error}); convert it or leave it out") from error
-    if not any(documents):
-        raise HyloError(f"no text in {path}; looked for {', '.join(sorted(SUFFIXES))} files that are not empty")
-    return documents
+    return sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file()) if path.is_dir() else [path]
+
+
+def read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise HyloError(f"text {file} is not readable UTF-8 ({error}); convert it or leave it out") from error
+
+
+def no_text(path: Path) -> HyloError:
+    return HyloError(f"no text in {path}; looked for {', '.join(sorted(SUFFIXES))} files that are not empty")
 
 
 def token_stream(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> np.ndarray:
@@ -76,13 +98,5 @@ def token_stream(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -
     return np.array([token for ids in encoded for token in [*ids, *end]], np.int32)
 
 
-def _stream(tokenizer: PreTrainedTokenizerBase, sources: Sequence[str], held_out: bool) -> np.ndarray:
-    parts = []
-    for source in sources:
-        if source == STANDARD_LIBRARY:
-            parts.append(token_stream(tokenizer, standard_library(held_out)))
-        else:
-            tokens = token_stream(tokenizer, read_documents(Path(source)))
-            cut = len(tokens) - len(tokens) // HELD_OUT_SHARE
-            parts.append(tokens[cut:] if held_out else tokens[:cut])
-    return np.concatenate(parts)
+def _standard_library() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])

@@ -9,37 +9,53 @@ with h the layer's output, a the mixer's output before the residual, and the L2 
 the last layer's h is compared after the final norm (arXiv 2604.24715; X-EcoMLA 2503.11132; Zebra-Llama 2505.17272).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
+from hylo.checkpoint import model_hash
+from hylo.convert.assemble import complete_config
+from hylo.distill.align_groups import LayerStage
+from hylo.distill.batch import model_inputs
 from hylo.distill.metrics import StepMetrics
+from hylo.distill.partial import cut_after, differing_layers, load_layers
 from hylo.distill.settings import Training
-from hylo.distill.student import load_pair
-from hylo.distill.trainer import Rows, StageTrainer, stage_output
+from hylo.distill.student import check_pair
+from hylo.distill.trainer import Rows, StageTrainer, stage_identity
 from hylo.errors import HyloError
-from hylo.modeling import HyloForCausalLM
+from hylo.modeling import HyloConfig, HyloForCausalLM
+from hylo.modeling.loading import load_model, read_configuration
 
 
 def align(base: Path, student: Path, out: Path, rows: Rows, training: Training, console: Console | None = None) -> None:
     """Aligns the layers of the model in `student` with those of `base`, its origin, and saves it as `out`.
 
     Everything but the embedding and the head trains; layers that are the base's own, weight for weight, are left alone.
-    `rows(length, count)` gives the training rows. The saved configuration supports `training.length` tokens, without
-    YaRN. Raises HyloError if the two do not belong together, if nothing is left to align, or if a loss is not finite.
+    `rows(length, count)` gives the training rows. With `training.layers_at_once` the layers train that many at a time,
+    each group over all rows; the result is the same, to the last bit. The saved configuration supports
+    `training.length` tokens, without YaRN.
+    Raises HyloError if the two do not belong together, if nothing is left to align, or if losses are not finite.
     """
-    model, teacher = load_pair(student, base, training)
-    _check_geometry(model, teacher, student, base)
-    model.config.extend_context(training.length, training.length)
-    alignment = LayerAlignment(model, teacher)
-    if not alignment.layers:
+    config = _checked_config(student, base, training)
+    layers = differing_layers(student, base)
+    if not layers:
         raise HyloError(f"every layer of {student} is that of {base}: there is nothing to align; go on with extend")
-    with stage_output(model, student, out, "align", training, console) as (work, metrics):
-        AlignTrainer(alignment, teacher, rows, training, work, metrics).train()
+    config.extend_context(training.length, training.length)
+
+    def train(layers: Sequence[int], work: Path, metrics: StepMetrics) -> HyloForCausalLM:
+        model = load_layers(student, config, layers)
+        teacher = cut_after(load_model(base).requires_grad_(False), layers[-1])
+        AlignTrainer(LayerAlignment(model, layers), teacher, rows, training, work, metrics).train()
+        return model
+
+    identity = stage_identity("align", training, student)
+    identity |= {"teacher": model_hash(base), "rows": getattr(rows, "identity", None)}
+    LayerStage(student, config, training, identity, console or Console(), train).run(layers, out)
 
 
 class LayerStates(NamedTuple):
@@ -53,12 +69,9 @@ class LayerStates(NamedTuple):
 class LayerAlignment(nn.Module):
     """The student as stage 1 sees it: `layers` are those to align, and calling it gives one layer's loss."""
 
-    def __init__(self, student: HyloForCausalLM, teacher: PreTrainedModel) -> None:
+    def __init__(self, student: HyloForCausalLM, layers: Sequence[int]) -> None:
         super().__init__()
-        self.student = student
-        pairs = zip(student.model.layers, teacher.model.layers, strict=True)
-        # Adam would turn the rounding noise of a layer that is the base's own into steps of full size.
-        self.layers = [i for i, (ours, theirs) in enumerate(pairs) if not same_weights(ours, theirs)]
+        self.student, self.layers = student, list(layers)
         student.requires_grad_(False)
         for i in self.layers:
             for parameter in self.parameters_of(i):
@@ -66,17 +79,19 @@ class LayerAlignment(nn.Module):
 
     def parameters_of(self, index: int) -> list[nn.Parameter]:
         """A layer's parameters; the final norm belongs to the last layer."""
-        norm = [self.student.model.norm.weight] if index == len(self.student.model.layers) - 1 else []
-        return [*self.student.model.layers[index].parameters(), *norm]
+        model = self.student.model
+        norm = list(model.norm.parameters()) if index == len(model.layers) - 1 else []
+        return [*model.layers[index].parameters(), *norm]
 
-    def forward(self, index: int, teacher: LayerStates) -> Tensor:
+    def forward(self, index: int, teacher: LayerStates, position_ids_BT: Tensor | None = None) -> Tensor:
+        """`position_ids_BT` as hylo.distill.batch.model_inputs has them."""
         model = self.student.model
         layer = model.layers[index]
         mixer_outputs: list[Tensor] = []
         hook = layer.get_submodule("mixer").register_forward_hook(
             lambda module, args, output: mixer_outputs.append(output)
         )
-        hidden = layer(teacher.input, **model.layer_inputs(teacher.input))
+        hidden = layer(teacher.input, **model.layer_inputs(teacher.input, position_ids=position_ids_BT))
         hook.remove()
         if index == len(model.layers) - 1:
             hidden = model.norm(hidden)
@@ -103,15 +118,16 @@ class AlignTrainer(StageTrainer):
         self, model: nn.Module, inputs: dict[str, Tensor], backward: bool = True, only: int | None = None
     ) -> Tensor:
         assert self.layers is not None
+        given = model_inputs(inputs)
         with torch.no_grad(), self.accelerator.autocast():
-            states = self.teacher_layers(inputs["input_ids"])
+            states = self.teacher_layers(given)
         losses = torch.zeros(len(self.layers), device=self.args.device)
         # One backward a layer, not the Trainer's single one: a layer's activations are gone before the next one's come.
         for group, i in enumerate(self.layers):
             if only is None or group == only:
-                loss = model(i, states[i])
+                loss = model(i, states[i], given.get("position_ids"))
                 if backward:
-                    self.accelerator.backward(loss)
+                    self.backward(loss)
                 losses[group] = loss.detach()
         return losses
 
@@ -132,9 +148,10 @@ class TeacherLayers:
                 )
             )
 
-    def __call__(self, input_ids_BT: Tensor) -> list[LayerStates]:
+    def __call__(self, inputs: dict[str, Tensor]) -> list[LayerStates]:
+        """`inputs` as hylo.distill.batch.model_inputs gives them."""
         self.inputs, self.mixer_outputs = [], []
-        last = self.model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+        last = self.model(**inputs, use_cache=False).last_hidden_state
         outputs = [*self.inputs[1:], last]
         return [LayerStates(*states) for states in zip(self.inputs, outputs, self.mixer_outputs, strict=True)]
 
@@ -145,17 +162,15 @@ def l2_distance(ours_BTD: Tensor, teachers_BTD: Tensor) -> Tensor:
     return torch.linalg.vector_norm(ours_BTD.to(dtype) - teachers_BTD.to(dtype), dim=-1).mean()
 
 
-def same_weights(ours: nn.Module, teachers: nn.Module) -> bool:
-    """Whether a student's layer is its teacher's, weight for weight; a base calls its mixer `self_attn`."""
-    a = {name.replace("mixer.", "self_attn."): tensor for name, tensor in ours.state_dict().items()}
-    b = {name.replace("mixer.", "self_attn."): tensor for name, tensor in teachers.state_dict().items()}
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def _check_geometry(model: PreTrainedModel, teacher: PreTrainedModel, student: Path, base: Path) -> None:
+def _checked_config(student: Path, base: Path, training: Training) -> HyloConfig:
+    read_configuration(base)
+    config = complete_config(student)
+    check_pair(student, base, training.length)
+    theirs = AutoConfig.from_pretrained(base, local_files_only=True)
     for key in ("num_hidden_layers", "hidden_size"):
-        ours, theirs = getattr(model.config, key), getattr(teacher.config, key)
-        if ours != theirs:
+        if (ours := getattr(config, key)) != getattr(theirs, key):
             raise HyloError(
-                f"{student} was not converted from {base}: its {key} is {ours}, not {theirs}; give its own base"
+                f"{student} was not converted from {base}: its {key} is {ours}, not {getattr(theirs, key)}; "
+                "give its own base"
             )
+    return config

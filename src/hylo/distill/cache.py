@@ -4,7 +4,8 @@ With the student's head W_S frozen and p = softmax(W_T h_T), the teacher's part 
 sum p log p (hylo.ops.divergence.teacher_vectors), exact over the whole vocabulary. A cache is a directory:
 
     manifest.json            what it was made with and of, and every shard's checksum; see `Manifest`
-    rows-00000.safetensors   input_ids (R, T) int32, vectors (R, T, D), neg_entropy (R, T) float32
+    rows-00000.safetensors   input_ids (R, T) int32, vectors (R, T, D), neg_entropy (R, T) float32,
+                             position_ids (R, T) int32 where rows pack several documents
     rows-00001.safetensors   ...
 
 The token ids lie beside the vectors that belong to them, so that training needs neither text nor tokenizer, and cannot
@@ -32,7 +33,7 @@ from hylo.distill.trainer import Rows
 from hylo.errors import HyloError
 from hylo.files import read_json
 
-FORMAT, VERSION, MANIFEST = "hylo-teacher-cache", 1, "manifest.json"
+FORMAT, VERSION, MANIFEST = "hylo-teacher-cache", 2, "manifest.json"
 PICKLES = ("*.pt", "*.pth", "*.bin", "*.pkl", "*.pickle", "*.ckpt")
 HASH_THREADS = 4
 VectorType = Literal["float32", "bfloat16"]
@@ -56,6 +57,7 @@ class CacheRecipe(BaseModel):
     neg_entropy: Literal["float32"] = "float32"
     temperature: Annotated[float, Field(ge=1, le=1)] = 1.0
     precision: Precision = Field(description="that the teacher ran in")
+    packed: bool = Field(description="whether rows have position_ids, which tell their documents apart")
     data: list[str]
     facts: float
     seed: int
@@ -70,8 +72,13 @@ class CacheRecipe(BaseModel):
 
     @property
     def token_bytes(self) -> int:
-        """On disk: the vector, the entropy, the token's id."""
-        return self.width * getattr(torch, self.vectors).itemsize + 4 + 4
+        """On disk: the vector, the entropy, the token's id, its place in its document."""
+        return self.width * getattr(torch, self.vectors).itemsize + (12 if self.packed else 8)
+
+    @property
+    def row_tensors(self) -> tuple[str, ...]:
+        """What a shard holds of the rows themselves."""
+        return ("input_ids", "position_ids") if self.packed else ("input_ids",)
 
     @property
     def shards(self) -> int:
@@ -82,14 +89,14 @@ class CacheRecipe(BaseModel):
 
 
 class Shard(BaseModel):
-    """One file: its checksum, and the hash of its token ids (int32, little-endian)."""
+    """One file: its checksum, and the hash of its rows' tensors (int32, little-endian)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     file: str
     bytes: int
     sha256: str
-    tokens_sha256: str
+    rows_sha256: str
 
 
 class Manifest(BaseModel):
@@ -98,13 +105,13 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["hylo-teacher-cache"] = "hylo-teacher-cache"
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     complete: bool
     recipe: CacheRecipe
     teacher: str
     student: str
     versions: dict[str, str]
-    order: str | None = None  # hash of the data order: of all shards' tokens_sha256
+    order: str | None = None  # hash of the data order: of all shards' rows_sha256
     shards: list[Shard] = []
 
 
@@ -176,7 +183,7 @@ class TeacherCache:
         recipe, path = self.recipe, self.directory / shard_name(shard)
         shape = (len(recipe.rows_of(shard)), recipe.length)
         expected = {
-            "input_ids": ("I32", [*shape]),
+            **{name: ("I32", [*shape]) for name in recipe.row_tensors},
             "vectors": ({"float32": "F32", "bfloat16": "BF16"}[recipe.vectors], [*shape, recipe.width]),
             "neg_entropy": ("F32", [*shape]),
         }
@@ -189,7 +196,7 @@ class TeacherCache:
     def _check_rows(self, rows: Rows) -> None:
         dataset = rows(self.recipe.length, self.recipe.count)
         for i, shard in enumerate(self.manifest.shards):
-            if tokens_hash(row_ids(dataset, self.recipe.rows_of(i))) != shard.tokens_sha256:
+            if rows_hash(row_tensors(dataset, self.recipe.rows_of(i))) != shard.rows_sha256:
                 first = self.recipe.rows_of(i)[0]
                 raise HyloError(
                     f"the text gives other rows than teacher cache {self.directory} was made of (from row {first} on); "
@@ -202,7 +209,10 @@ class TeacherCache:
 
 
 class CachedRows(Dataset[dict[str, Tensor]]):
-    """{"input_ids": (T,) int64, "vectors": (T, D), "neg_entropy": (T,)} of row i, read from its memory-mapped shard."""
+    """{"input_ids": (T,) int64, "vectors": (T, D), "neg_entropy": (T,)} of row i, read from its memory-mapped shard.
+
+    And "position_ids": (T,) int64 where the rows have them.
+    """
 
     def __init__(self, cache: TeacherCache, count: int) -> None:
         self.cache, self.count = cache, count
@@ -215,8 +225,9 @@ class CachedRows(Dataset[dict[str, Tensor]]):
         shard, row = divmod(index, self.cache.recipe.shard_rows)
         if self._open[0] != shard:  # rows come in order, so one open shard is enough
             self._open = (shard, open_shard(self.cache.directory / shard_name(shard)))
-        tensors = {name: self._open[1].get_slice(name)[row] for name in ("input_ids", "vectors", "neg_entropy")}
-        return tensors | {"input_ids": tensors["input_ids"].long()}
+        names = self.cache.recipe.row_tensors
+        tensors = {name: self._open[1].get_slice(name)[row] for name in (*names, "vectors", "neg_entropy")}
+        return tensors | {name: tensors[name].long() for name in names}
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -271,13 +282,18 @@ def open_shard(path: Path) -> Any:
         raise HyloError(f"shard {path} is no whole safetensors file ({reason}); make the cache again") from error
 
 
-def row_ids(dataset: Dataset[dict[str, Tensor]], indices: Iterable[int]) -> Tensor:
-    """(rows, T) int32."""
-    return torch.stack([dataset[i]["input_ids"] for i in indices]).to(torch.int32)
+def row_tensors(dataset: Dataset[dict[str, Tensor]], indices: Iterable[int]) -> dict[str, Tensor]:
+    """input_ids and, where the rows have them, position_ids: each (rows, T) int32."""
+    rows = [dataset[i] for i in indices]
+    names = [name for name in ("input_ids", "position_ids") if name in rows[0]]
+    return {name: torch.stack([row[name] for row in rows]).to(torch.int32) for name in names}
 
 
-def tokens_hash(ids_RT: Tensor) -> str:
-    return hashlib.sha256(ids_RT.numpy().astype("<i4").tobytes()).hexdigest()
+def rows_hash(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, values_RT in tensors.items():
+        digest.update(name.encode() + values_RT.numpy().astype("<i4").tobytes())
+    return digest.hexdigest()
 
 
 def head_hash(head_VD: Tensor, vocabulary: int) -> str:

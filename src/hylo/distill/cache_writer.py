@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoConfig, PreTrainedModel
 
-from hylo.checkpoint import weight_files
+from hylo.checkpoint import model_hash
+from hylo.distill.batch import model_inputs
 from hylo.distill.cache import (
     MANIFEST,
     CacheRecipe,
@@ -33,14 +34,14 @@ from hylo.distill.cache import (
     head_hash,
     partial_directory,
     read_manifest,
-    row_ids,
+    row_tensors,
+    rows_hash,
     shard_name,
     size,
     tokenizer_hash,
-    tokens_hash,
 )
 from hylo.distill.finite import bad_weight, is_finite
-from hylo.distill.settings import Precision
+from hylo.distill.settings import Precision, Training
 from hylo.distill.student import check_pair, read_head, stored_dtype
 from hylo.distill.trainer import Rows
 from hylo.errors import HyloError
@@ -62,7 +63,7 @@ class CacheSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    data: list[str] = Field(min_length=1, description="the sources of the text, by name")
+    data: list[str] = Field([], description="the sources of the text, by name")
     facts: float = Field(0.0, ge=0, le=1, description="share of rows with synthetic retrieval")
     length: int = Field(gt=0, description="tokens of a sequence")
     rows: int = Field(gt=0, description="sequences of a step")
@@ -75,6 +76,11 @@ class CacheSettings(BaseModel):
     def count(self) -> int:
         """Rows in all, as hylo.distill.Training counts them."""
         return max(1, self.tokens // (self.rows * self.length)) * self.rows
+
+    @classmethod
+    def of(cls, training: Training) -> "CacheSettings":
+        """Those of a recipe's stage."""
+        return cls(**training.model_dump(include={"length", "rows", "tokens", "seed", "precision"}))
 
 
 def write_teacher_cache(
@@ -98,8 +104,8 @@ def write_teacher_cache(
     read_configuration(teacher)
     head = read_head(student)
     check_pair(student, teacher, settings.length)
-    recipe = make_recipe(teacher, student, head, settings, shard_bytes)
-    dataset = rows(recipe.length, recipe.count)
+    dataset = rows(settings.length, settings.count)
+    recipe = make_recipe(teacher, student, head, settings, "position_ids" in dataset[0], shard_bytes)
     partial = partial_directory(out)
     try:
         done = _begin(
@@ -119,25 +125,31 @@ def write_teacher_cache(
 
 
 def make_recipe(
-    teacher: Path, student: Path, head_VD: Tensor, settings: CacheSettings, shard_bytes: int = SHARD_BYTES
+    teacher: Path,
+    student: Path,
+    head_VD: Tensor,
+    settings: CacheSettings,
+    packed: bool,
+    shard_bytes: int = SHARD_BYTES,
 ) -> CacheRecipe:
     vocabulary = min(len(head_VD), AutoConfig.from_pretrained(teacher, local_files_only=True).vocab_size)
-    row_bytes = settings.length * (head_VD.shape[1] * getattr(torch, settings.dtype).itemsize + 8)
+    token_bytes = head_VD.shape[1] * getattr(torch, settings.dtype).itemsize + (12 if packed else 8)
     return CacheRecipe(
         head=head_hash(head_VD, vocabulary),
         tokenizer=tokenizer_hash(student),
-        teacher=teacher_hash(teacher),
+        teacher=model_hash(teacher),
         vocabulary=vocabulary,
         width=head_VD.shape[1],
         vectors=settings.dtype,
         precision=settings.precision,
+        packed=packed,
         data=settings.data,
         facts=settings.facts,
         seed=settings.seed,
         length=settings.length,
         rows=settings.rows,
         count=settings.count,
-        shard_rows=max(1, shard_bytes // row_bytes),
+        shard_rows=max(1, shard_bytes // (settings.length * token_bytes)),
     )
 
 
@@ -152,30 +164,18 @@ class TeacherOfRows:
         self.head = student_head_VD.to(self.device)
 
     @torch.no_grad()
-    def __call__(self, ids_RT: Tensor) -> tuple[Tensor, Tensor]:
-        """Vectors (R, T, D) and negative entropies (R, T), in float32."""
-        ids = ids_RT.long().to(self.device)
+    def __call__(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Vectors (R, T, D) and negative entropies (R, T), in float32, of a batch as in hylo.distill.batch."""
+        inputs = model_inputs({name: values.long().to(self.device) for name, values in batch.items()})
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = self.model.model(**inputs, use_cache=False).last_hidden_state
             vectors, neg_entropy = teacher_vectors(hidden.flatten(0, 1), self.model.lm_head.weight, self.head)
         if not (is_finite(vectors) and is_finite(neg_entropy)):
             weight = bad_weight(self.model)
             cause = f"its {weight}" if weight else "its hidden states overflow"
             raise HyloError(f"what teacher {self.directory} gives is not finite: {cause}; restore it, or use float32")
-        return vectors.unflatten(0, ids.shape), neg_entropy.unflatten(0, ids.shape)
-
-
-def teacher_hash(directory: Path) -> str:
-    """Of config.json, and of every weight file's size, first and last MiB: enough to tell teachers apart."""
-    digest = hashlib.sha256((directory / "config.json").read_bytes())
-    for path in weight_files(directory):
-        total = path.stat().st_size
-        with path.open("rb") as file:
-            first = file.read(1 << 20)
-            file.seek(max(0, total - (1 << 20)))
-            for part in (str(total).encode(), first, file.read()):
-                digest.update(part)
-    return digest.hexdigest()
+        shape = inputs["input_ids"].shape
+        return vectors.unflatten(0, shape), neg_entropy.unflatten(0, shape)
 
 
 def _begin(partial: Path, manifest: Manifest) -> dict[int, Shard]:
@@ -220,7 +220,7 @@ def _check_text(
     partial: Path, recipe: CacheRecipe, done: dict[int, Shard], dataset: Dataset[dict[str, Tensor]]
 ) -> None:
     for i, shard in done.items():
-        if tokens_hash(row_ids(dataset, recipe.rows_of(i))) != shard.tokens_sha256:
+        if rows_hash(row_tensors(dataset, recipe.rows_of(i))) != shard.rows_sha256:
             raise HyloError(
                 f"the text gives other rows than {partial} was begun with; give the text as it was, remove the "
                 "directory, or choose another OUT"
@@ -260,23 +260,21 @@ def _write_shards(
         for i in range(recipe.shards):
             if i in done:
                 continue
-            ids = row_ids(dataset, recipe.rows_of(i))
-            batches = [teacher(batch) for batch in ids.split(max(1, BATCH_TOKENS // recipe.length))]
+            rows = row_tensors(dataset, recipe.rows_of(i))
+            at_once = max(1, BATCH_TOKENS // recipe.length)
+            batches = [
+                teacher(dict(zip(rows, parts, strict=True)))
+                for parts in zip(*(values.split(at_once) for values in rows.values()), strict=True)
+            ]
             vectors, neg_entropy = (torch.cat([part.cpu() for part in parts]) for parts in zip(*batches, strict=True))
-            data = save(
-                {
-                    "input_ids": ids,
-                    "vectors": vectors.to(getattr(torch, recipe.vectors)),
-                    "neg_entropy": neg_entropy.float(),
-                },
-                {"format": "pt"},
-            )
+            said = {"vectors": vectors.to(getattr(torch, recipe.vectors)), "neg_entropy": neg_entropy.float()}
+            data = save(rows | said, {"format": "pt"})
             _write_aside(partial / shard_name(i), data)
             done[i] = Shard(
                 file=shard_name(i),
                 bytes=len(data),
                 sha256=hashlib.sha256(data).hexdigest(),
-                tokens_sha256=tokens_hash(ids),
+                rows_sha256=rows_hash(rows),
             )
             journal.write(_line(done[i]))
             journal.flush()
@@ -305,7 +303,7 @@ def _write_aside(path: Path, data: bytes) -> None:
 
 
 def _finish(partial: Path, out: Path, shards: list[Shard]) -> None:
-    order = hashlib.sha256("".join(shard.tokens_sha256 for shard in shards).encode()).hexdigest()
+    order = hashlib.sha256("".join(shard.rows_sha256 for shard in shards).encode()).hexdigest()
     manifest = read_manifest(partial).model_copy(update={"complete": True, "order": order, "shards": shards})
     write_json(partial / MANIFEST, manifest.model_dump())
     for leftover in (partial / JOURNAL, *partial.glob(".*.aside")):

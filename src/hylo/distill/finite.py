@@ -1,4 +1,7 @@
-"""Which tensor went wrong: when a loss or a gradient is NaN or infinite, its step is run once more, under watch."""
+"""Which tensor went wrong: when a loss or a gradient is NaN or infinite, its step is run once more, under watch.
+
+Several processes, each with its own rows and its own part of the weights, look together and find the same.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -6,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from hylo.modeling.gated_deltanet import GatedDeltaNet
 from hylo.modeling.mamba2 import Mamba2
+from hylo.parallel import first
 
 ROLES = {  # of the tensors of linear blocks, by the part of the name that tells
     "A_log": "the decay",
@@ -38,16 +43,18 @@ def find_culprit(
         return f"the teacher's {found}"
     with torch.no_grad(), watch_outputs(student, "") as ours, watch_outputs(teacher, "the teacher's ") as theirs:
         replay(False)
-    if found := next(iter([*theirs, *ours]), None):  # the teacher runs first, and alignment feeds on it
+    if found := first(next(iter([*theirs, *ours]), None)):  # the teacher runs first, and alignment feeds on it
         return found
     student.zero_grad(set_to_none=True)
     with watch_gradients(student) as found_gradients:
         replay(True)
-    if found_gradients:
-        return found_gradients[0]
-    reached = {name: p.grad.abs().max().item() for name, p in student.named_parameters() if p.grad is not None}
+    if found := first(next(iter(found_gradients), None)):
+        return found
+    gradients = {name: own_part(p.grad) for name, p in student.named_parameters() if p.grad is not None}
+    reached = {name: grad.abs().max().item() for name, grad in gradients.items() if grad.numel()}
     name = max(reached, key=lambda name: reached[name])
-    return f"a sum overflows; the largest gradient is that of {described(name)}, which reaches {reached[name]:.3g}"
+    largest = f"the largest gradient is that of {described(name)}, which reaches {reached[name]:.3g}"
+    return f"a sum overflows; {first(largest)}"
 
 
 def bad_weight(model: nn.Module, among: Iterable[nn.Parameter] | None = None) -> str | None:
@@ -55,8 +62,8 @@ def bad_weight(model: nn.Module, among: Iterable[nn.Parameter] | None = None) ->
     chosen = None if among is None else {id(parameter) for parameter in among}
     for name, parameter in model.named_parameters():
         if (chosen is None or id(parameter) in chosen) and not is_finite(parameter):
-            return f"{described(name)} holds {what_is_wrong(parameter)}"
-    return None
+            return first(f"{described(name)} holds {what_is_wrong(parameter)}")
+    return first(None)
 
 
 @contextmanager
@@ -98,7 +105,10 @@ def watch_outputs(model: nn.Module | None, whose: str) -> Iterator[list[str]]:
 
 @contextmanager
 def watch_gradients(model: nn.Module) -> Iterator[list[str]]:
-    """While it lasts, weights whose gradient is not finite are listed, the one nearest to the loss first."""
+    """While it lasts, weights whose gradient is not finite are listed, the one nearest to the loss first.
+
+    FSDP puts gradients where they belong by itself and calls no hooks: those of its weights come last.
+    """
     found: list[str] = []
 
     def note(name: str) -> Callable[[Tensor], None]:
@@ -118,6 +128,9 @@ def watch_gradients(model: nn.Module) -> Iterator[list[str]]:
     finally:
         for handle in handles:
             handle.remove()
+    for name, parameter in reversed(list(model.named_parameters())):
+        if isinstance(parameter, DTensor):
+            note(name)(parameter)
 
 
 def described(name: str) -> str:
@@ -126,12 +139,18 @@ def described(name: str) -> str:
     return f"{name} ({role})" if role else name
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def is_finite(tensor: Tensor) -> bool:
-    return bool(tensor.isfinite().all())
+    return bool(own_part(tensor).isfinite().all())
 
 
 def what_is_wrong(tensor: Tensor) -> str:
     """nan, inf or -inf: the first of these that a tensor holds."""
+    tensor = own_part(tensor)
     if tensor.isnan().any():
         return "nan"
     return "inf" if tensor.isposinf().any() else "-inf"

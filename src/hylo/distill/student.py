@@ -8,24 +8,20 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from hylo.checkpoint import Weights
-from hylo.distill.settings import Training
+from hylo.distill.settings import Training, Trains
 from hylo.errors import HyloError
 from hylo.files import read_json
 from hylo.modeling import HyloForCausalLM
 from hylo.modeling.loading import load_model, read_configuration
 
 
-def load_pair(
-    student: Path, teacher: Path, training: Training, teacher_dtype: torch.dtype = torch.float32
-) -> tuple[HyloForCausalLM, PreTrainedModel]:
-    """The student to train, in float32, and the teacher, frozen.
-
-    Raises HyloError if `student` is no hylo model, if the vocabularies differ, or if the teacher's context is short.
-    """
-    model = load_student(student)
-    frozen = load_model(teacher, dtype=teacher_dtype).requires_grad_(False).eval()
-    check_pair(student, teacher, training.length)
-    return model, frozen
+def load_teacher(directory: Path, student: Path, training: Training) -> PreTrainedModel:
+    """A frozen teacher for the model in `student`. Raises HyloError as `check_pair` does."""
+    # A large teacher need not be held in float32 if it was never stored so.
+    dtype = stored_dtype(directory) if training.precision == "bf16" else torch.float32
+    frozen = load_model(directory, dtype=dtype).requires_grad_(False).eval()
+    check_pair(student, directory, training.length)
+    return frozen
 
 
 def load_student(directory: Path) -> HyloForCausalLM:
@@ -46,6 +42,16 @@ def read_head(student: Path) -> Tensor:
     if name not in weights.shapes:
         raise HyloError(f"model {student} lacks {name}; restore the directory")
     return weights[name].float()
+
+
+def choose_weights(model: HyloForCausalLM, student: Path, trains: Trains) -> None:
+    """Freezes what is not to train: nothing, the head, or all but the token mixers; `student` is the model's origin."""
+    if trains == "all_but_head":
+        freeze_head(model, read_head(student))
+    elif trains == "mixers":
+        model.requires_grad_(False)
+        for layer in model.model.layers:
+            layer.get_submodule("mixer").requires_grad_(True)
 
 
 def freeze_head(model: HyloForCausalLM, head_VD: Tensor) -> None:

@@ -128,10 +128,13 @@ class HyloConfig(PreTrainedConfig):
         """kv_lora_rank of one layer."""
         return self.kv_lora_rank if self.kv_lora_ranks is None else self.kv_lora_ranks[layer_idx]
 
-    def extend_context(self, length: int, original: int) -> None:
-        """Sets the supported length, and YaRN on the MLA layers where it exceeds the `original` length."""
+    def extend_context(self, length: int, original: int, factor: float | None = None) -> None:
+        """Sets the supported length, and YaRN on the MLA layers where it exceeds the `original` length.
+
+        `factor` stretches positions by other than length / original; 1 leaves them as they are.
+        """
         theta = self.mla_rope_parameters["rope_theta"]
-        factor = length / original
+        factor = length / original if factor is None else factor
         if factor > 1:
             self.mla_rope_parameters = {
                 "rope_type": "yarn",

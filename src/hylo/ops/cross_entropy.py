@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 from hylo.ops.checks import check_tensors
 from hylo.ops.divergence import REDUCTIONS, Reduction
@@ -40,8 +41,12 @@ def hidden_state_cross_entropy(
 
     Shapes: hidden (N, D), head (V, D), labels (N,) int64, mask (N,) of booleans or weights, bias (V,). A label of -100
     counts for nothing. The gradient goes to whatever of hidden, head and bias trains. Precision and the empty mask as
-    in `hidden_state_divergence`; raises ValueError where arguments do not fit.
+    in `hidden_state_divergence`, as is a head shared out over processes; raises ValueError where arguments do not fit.
     """
+    if isinstance(head, DTensor):
+        from hylo.ops.sharded_divergence import sharded_cross_entropy
+
+        return sharded_cross_entropy(hidden, head, labels, mask, reduction)
     operation = "hidden_state_cross_entropy"
     sizes = check_tensors(operation, hidden=(hidden, "N D"), head=(head, "V D"), bias=(bias, "V"))
     check_tokens(operation, "labels", labels, hidden)

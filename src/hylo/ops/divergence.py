@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 from hylo.ops.checks import check_tensors
 from hylo.ops.head_products import Gradients, scaled_gradients, times_head, trainable, write_logits
@@ -70,8 +71,15 @@ def hidden_state_divergence(
 
     Matrix products run in student_hidden's dtype (in autocast's, inside it), softmax and sums in float32, in float64
     for float64. In float32 the value of a token is off by some 1e-6 nat, so that equal models give 0 to that. An empty
-    mask gives zero. Raises ValueError where arguments do not fit.
+    mask gives zero. Heads may be shared out over processes by rows (hylo.ops.sharded_divergence; of one vocabulary, and
+    without biases). Raises ValueError where arguments do not fit.
     """
+    if isinstance(student_head, DTensor) and isinstance(teacher_head, DTensor):
+        from hylo.ops.sharded_divergence import sharded_divergence
+
+        return sharded_divergence(
+            student_hidden, student_head, teacher_hidden, teacher_head, kind, temperature, beta, mask, reduction
+        )
     _check(
         student_hidden, student_head, teacher_hidden, teacher_head, kind, temperature, beta, mask, reduction,
         student_bias, teacher_bias,
@@ -289,6 +297,12 @@ def cached_divergence(
     with the teacher's: ValueError if it trains. In float32 the value of a token is off by some 1e-6, being a difference
     of numbers near 10; vectors kept in bf16 cost far more.
     """
+    if isinstance(student_head, DTensor):
+        from hylo.ops.sharded_divergence import sharded_cached_divergence
+
+        return sharded_cached_divergence(
+            student_hidden, student_head, vectors, neg_entropy, temperature, mask, reduction
+        )
     operation = "cached_divergence"
     check_tensors(
         operation,

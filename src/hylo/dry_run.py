@@ -1,0 +1,126 @@
+"""What a recipe would do, from the configurations alone: the plan, every stage's steps and schedule, and its memory."""
+
+import math
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig
+
+from hylo.convert.config import planned_config
+from hylo.distill.settings import Stage
+from hylo.distill.student import stored_dtype
+from hylo.errors import HyloError
+from hylo.estimate import Memory, batch, stage_flops, stage_memory
+from hylo.plan import make_plan
+from hylo.recipe import Recipe, parse_rank
+
+GIB = 1 << 30
+
+
+def dry_run(recipe: Recipe, console: Console, devices: int = 1) -> list[tuple[Stage, Memory]]:
+    """Prints it, for that many devices, and returns each stage's memory. Needs no weights: a model of the Hub is asked
+    for its small files alone. Raises HyloError for what does not fit together."""
+    recipe = recipe.with_models(weights=False)
+    rank, energy = parse_rank(recipe.rank)
+    figures = recipe.geometry | ({} if rank is None else {"kv_lora_rank": rank})
+    plan = make_plan(recipe.base, recipe.layout, recipe.mla_layers, figures, recipe.dtype, k_norm=recipe.k_norm)
+    plan.print(console)
+    if energy is not None:
+        console.print(f"ranks: by {energy:.0%} of the energy, which needs the weights; shown is the geometry's own")
+    student = planned_config(plan, "recipe")
+    base, teacher = (
+        AutoConfig.from_pretrained(path, local_files_only=True) for path in (recipe.base, recipe.extension_teacher)
+    )
+    teacher_dtype = stored_dtype(recipe.extension_teacher)
+    found = []
+    flops = 0.0
+    for i, stage in enumerate(recipe.stages):
+        if stage.rows % (_micro_rows(stage, devices) * devices):
+            raise HyloError(
+                f"stages.{i}.rows: {stage.rows} cannot be shared out to {devices} devices, "
+                f"{_micro_rows(stage, devices)} at once; change rows or micro_rows"
+            )
+        by_layer = stage.kind == "layers"
+        theirs = base if by_layer else teacher
+        if stage.teacher_source != "none" and stage.length > theirs.max_position_embeddings:
+            raise HyloError(
+                f"stages.{i}.length: {stage.length} exceeds the {theirs.max_position_embeddings} tokens of "
+                f"{recipe.base if by_layer else recipe.extension_teacher}; choose a shorter length or another teacher"
+            )
+        memory = stage_memory(stage, student, theirs, torch.float32 if by_layer else teacher_dtype, devices)
+        flops += stage_flops(stage, student, theirs) * stage.steps * stage.rows * stage.length
+        found.append((stage, memory))
+    _print_stages(recipe, console, devices)
+    _print_memory(found, console, devices)
+    console.print(f"arithmetic of all stages: {flops:.3g} floating-point operations")
+    return found
+
+
+def _print_stages(recipe: Recipe, console: Console, devices: int) -> None:
+    table = Table(title=f"stages on {_number(devices, 'device')}", title_justify="left")
+    for heading in ("stage", "objective", "teacher"):
+        table.add_column(heading)
+    for heading in ("length", "YaRN", "rows", "tokens", "steps", "data"):
+        table.add_column(heading, justify="right")
+    table.add_column("learning rate")
+    for stage, (start, end) in zip(recipe.stages, recipe.parts(), strict=True):
+        table.add_row(
+            stage.directory,
+            _objective(stage),
+            stage.teacher_source,
+            f"{stage.length:,}",
+            _yarn(stage, recipe.yarn_original_length),
+            _rows(stage, devices),
+            f"{stage.steps * stage.rows * stage.length:,}",
+            f"{stage.steps:,}",
+            "preferences" if stage.kind == "dpo" else f"{start:.0%} to {end:.0%}",
+            _schedule(stage),
+        )
+    console.print(table)
+
+
+def _print_memory(found: list[tuple[Stage, Memory]], console: Console, devices: int) -> None:
+    table = Table(title="memory of a device at the fullest moment, GiB, estimated", title_justify="left")
+    table.add_column("stage")
+    for heading in (*found[0][1].parts, "together"):
+        table.add_column(heading, justify="right")
+    table.add_column("moment")
+    for stage, memory in found:
+        figures = (*memory.parts.values(), memory.total)
+        table.add_row(stage.directory, *(f"{figure / GIB:.2f}" for figure in figures), memory.moment)
+    console.print(table)
+
+
+def _micro_rows(stage: Stage, devices: int) -> int:
+    return batch(stage, devices)[0] // (stage.length * (2 if stage.kind == "dpo" else 1))
+
+
+def _objective(stage: Stage) -> str:
+    if len(stage.objective) == 1:
+        return next(iter(stage.objective))
+    return " + ".join(f"{weight:g} {name}" for name, weight in stage.objective.items())
+
+
+def _yarn(stage: Stage, original: int) -> str:
+    """The factor that the stage leaves in the configuration; stage 1 and DPO know none."""
+    if stage.kind in ("layers", "dpo") or stage.positions == "unscaled":
+        return "-"
+    return f"{max(1.0, stage.yarn_factor or stage.length / original):g}"
+
+
+def _rows(stage: Stage, devices: int) -> str:
+    at_once = _micro_rows(stage, devices)
+    passes = stage.rows // (at_once * devices)
+    split = f"{at_once} x {devices} x {passes}" if passes > 1 else f"{at_once} x {devices}"
+    return f"{stage.rows}" if stage.rows == at_once else f"{stage.rows} = {split}"
+
+
+def _schedule(stage: Stage) -> str:
+    warmup = min(math.ceil(stage.warmup * stage.steps), stage.steps - 1)
+    after = "constant" if stage.schedule == "constant" else f"{stage.schedule} to 0"
+    return f"{stage.learning_rate:g} after {_number(warmup, 'step')}, then {after}"
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
