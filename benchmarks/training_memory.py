@@ -138,8 +138,9 @@ def write_models(work: Path, layers: int, width: int, vocabulary: int = VOCABULA
 def estimate(case: Case, layers: int, width: int) -> Memory:
     training, base = case.settings, base_config(layers, width)
     if training.kind == "layers":
-        return stage_memory(training, student_config(base), base)
-    return stage_memory(training, student_config(base), base_config(2 * layers, width), torch.bfloat16)
+        return stage_memory(training, student_config(base), base, packed=case.packed)
+    teacher = base_config(2 * layers, width)
+    return stage_memory(training, student_config(base), teacher, torch.bfloat16, packed=case.packed)
 
 
 def stage(case: Case, work: Path) -> Callable[[], None]:

@@ -153,6 +153,14 @@ def test_accumulating_keeps_gradients_and_needs_fewer_activations() -> None:
     assert parts.gradients * 2 == parts.optimiser
 
 
+def test_packed_rows_give_a_teacher_a_mask() -> None:
+    length = 65536
+    settings = training(length=length, rows=1, gradient_checkpointing=True)
+    apart, together = (stage_memory(settings, student(), base(), packed=packed) for packed in (True, False))
+    assert (apart.moment, together.moment) == ("teacher", "backward")
+    assert apart.teacher > 5 * length**2
+
+
 def test_devices_share_weights_and_rows() -> None:
     one, four = estimate(rows=4, length=4096), estimate(devices=4, rows=4, length=4096)
     assert four.optimiser == one.optimiser / 4

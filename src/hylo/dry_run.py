@@ -48,7 +48,8 @@ def dry_run(recipe: Recipe, console: Console, devices: int = 1) -> list[tuple[St
                 f"stages.{i}.length: {stage.length} exceeds the {theirs.max_position_embeddings} tokens of "
                 f"{recipe.base if by_layer else recipe.extension_teacher}; choose a shorter length or another teacher"
             )
-        memory = stage_memory(stage, student, theirs, torch.float32 if by_layer else teacher_dtype, devices)
+        dtype = torch.float32 if by_layer else teacher_dtype
+        memory = stage_memory(stage, student, theirs, dtype, devices, recipe.data.boundaries)
         flops += stage_flops(stage, student, theirs) * stage.steps * stage.rows * stage.length
         found.append((stage, memory))
     _print_stages(recipe, console, devices)

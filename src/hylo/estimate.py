@@ -12,7 +12,7 @@ again; benchmarks/training_memory.py measures by how much that misses.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -61,11 +61,13 @@ def stage_memory(
     teacher: PreTrainedConfig | None = None,
     teacher_dtype: torch.dtype = torch.float32,
     devices: int = 1,
+    packed: bool = False,
 ) -> Memory:
     """One device's memory at the fullest moment of a stage.
 
     `teacher`: the base's configuration for objective layers, else that of the model distilled from, which is not looked
-    at where none runs; `teacher_dtype`: what its weights are stored in.
+    at where none runs; `teacher_dtype`: what its weights are stored in. `packed`: rows hold several documents, which
+    transformers' teachers keep apart by a mask of length by length, and its copy in the type that they compute in.
     """
     with fake_tensors():
         if training.kind == "layers":
@@ -74,6 +76,9 @@ def stage_memory(
         else:
             live = teacher if training.teacher_source == "live" else None
             moments = list(_all_at_once(training, student, live, teacher_dtype, devices))
+    if packed:
+        mask = batch(training, devices)[0] * training.length * (1 + (2 if training.precision == "bf16" else FLOAT))
+        moments = [replace(m, teacher=m.teacher + mask) if m.moment == "teacher" else m for m in moments]
     return max(moments, key=lambda memory: memory.total)
 
 

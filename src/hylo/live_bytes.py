@@ -59,11 +59,9 @@ class LiveBytes(TorchDispatchMode):
         self.grown = False
         for tensor in (*model.parameters(), *model.buffers()):
             self.known[_key(tensor)] = Moment(0, 0, 0)
-        self.hooks = [
-            parameter.register_post_accumulate_grad_hook(self._arrived)
-            for parameter in model.parameters()
-            if parameter.requires_grad
-        ]
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._arrived)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))

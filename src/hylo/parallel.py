@@ -4,6 +4,7 @@ Every function may be called in a single process, where it costs nothing. With s
 `barrier`, `any_process`, `first` and `from_main`, and in the same order.
 """
 
+import atexit
 import contextlib
 import os
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ def start() -> None:
         os.environ.pop(f"ACCELERATE_{name}", None)
     if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
+    atexit.register(end)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # Tensors on the CPU (flags, objects) go over gloo, so that a barrier does not spin on the GPU.

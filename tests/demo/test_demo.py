@@ -53,7 +53,7 @@ def test_it_needs_fewer_bits_per_byte_of_held_out_text_than_xz(teacher: LlamaFor
 def test_the_recipes_are_valid_and_grow_eightfold(name: str) -> None:
     recipe = read_recipe(HERE / name)
     assert recipe.base == TEACHER
-    assert recipe.extend[-1].length == 8 * recipe.align.length
+    assert recipe.stages[-1].length == 8 * recipe.stages[0].length
     assert recipe.evaluate.answers >= 256
 
 

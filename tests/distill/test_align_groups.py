@@ -16,6 +16,8 @@ from rich.console import Console
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
+from hylo.convert import convert
+from hylo.convert.assemble import assemble
 from hylo.data.rows import RowDataset
 from hylo.distill import signals
 from hylo.distill.align import align
@@ -24,6 +26,7 @@ from hylo.distill.settings import Training
 from hylo.distill.trainer import Rows
 from hylo.errors import HyloError
 from hylo.modeling import HyloForCausalLM
+from hylo.plan import make_plan
 
 MakeTraining = Callable[..., Training]
 BuildStudent = Callable[[PreTrainedModel, list[str]], HyloForCausalLM]
@@ -188,6 +191,17 @@ def test_memory_is_the_base_and_one_groups_training(
     slack = 1.5 * state
     assert one < weights + state + slack
     assert whole > weights + layers * state
+
+
+def test_two_whole_students_hold_every_layout(
+    base_directory: Path, tmp_path: Path, rows: Rows, by_layer: MakeTraining
+) -> None:
+    """A hybrid picked from an all-MLA and an all-linear student, each aligned, is the hybrid aligned itself."""
+    for layout in ("3MLA", "3GDN", "1MLA2GDN"):
+        convert(base_directory, tmp_path / layout, make_plan(base_directory, layout, [1] if "1" in layout else None))
+        align(base_directory, tmp_path / layout, tmp_path / f"{layout}-aligned", rows, by_layer(), quiet())
+    assemble(tmp_path / "3MLA-aligned", tmp_path / "3GDN-aligned", tmp_path / "picked", [1])
+    assert files(tmp_path / "picked") == files(tmp_path / "1MLA2GDN-aligned")
 
 
 def test_documents_in_a_row_do_not_see_each_other(

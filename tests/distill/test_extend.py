@@ -23,6 +23,11 @@ from hylo.modeling.loading import load_model
 MakeTraining = Callable[..., Training]
 
 
+@pytest.fixture
+def training(training: MakeTraining) -> MakeTraining:
+    return lambda **changes: training(**{"save_every": 100} | changes)
+
+
 def read_metrics(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 

@@ -25,7 +25,7 @@ def test_steps_are_whole_and_at_least_one() -> None:
         {"learning_rate": float("inf")},
         {"warmup": 1.0},
         {"betas": [0.9, 1.0]},
-        {"schedule": "linear"},
+        {"schedule": "triangular"},
         {"precision": "fp8"},
         {"clip": 0},
         {"epochs": 3},

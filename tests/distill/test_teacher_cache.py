@@ -64,7 +64,7 @@ def steps_of(out: Path) -> list[dict[str, Any]]:
 
 def of_cache(training: MakeTraining, **changes: Any) -> Training:
     values = {"length": LENGTH, "rows": ROWS, "tokens": ORDER["tokens"], "learning_rate": 1e-3, "weight_decay": 0.1}
-    values["trains"] = "all_but_head"
+    values |= {"trains": "all_but_head", "save_every": 50}
     return training(**values | changes)
 
 

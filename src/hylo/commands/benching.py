@@ -103,7 +103,8 @@ def _settings(
 
 
 def _check(models: list[Path]) -> None:
-    from hylo.serve.directory import check_complete, read_served
+    from hylo.modeling.loading import check_complete
+    from hylo.serve.directory import read_served
 
     for directory in models:
         read_served(directory)

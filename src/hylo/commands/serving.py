@@ -31,8 +31,9 @@ def serve(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and the command line, and stop")] = False,
 ) -> None:
     """Serves a directory with vLLM, under the OpenAI-compatible address, and watches that it stays healthy."""
+    from hylo.modeling.loading import check_complete
     from hylo.serve.command import ServeOptions, as_typed, plan_here, serve_command, server_environment
-    from hylo.serve.directory import check_complete, read_served
+    from hylo.serve.directory import read_served
     from hylo.serve.server import run_server
     from hylo.serve.versions import check_vllm
 

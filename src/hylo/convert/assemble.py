@@ -18,8 +18,7 @@ from hylo.files import complete_directory
 from hylo.geometry import KEYS
 from hylo.layout import is_attention_like
 from hylo.modeling import HyloConfig
-from hylo.modeling.loading import checkpoint_shapes, read_configuration
-from hylo.serve.directory import check_complete, read_hybrid_config
+from hylo.modeling.loading import check_complete, checkpoint_shapes, read_configuration, read_hylo_config
 
 LINEAR_KEYS = tuple(key for key in KEYS if key.startswith(("conv_", "gdn_", "mamba_")))
 MLA_KEYS = (*(key for key in KEYS if key not in LINEAR_KEYS), "mla_k_norm", "mla_rope_parameters")
@@ -87,7 +86,7 @@ def complete_config(directory: Path) -> HyloConfig:
     if (model_type := read_configuration(directory)["model_type"]) != HyloConfig.model_type:
         raise HyloError(f"{directory} holds a {model_type} model, not a hylo one; convert it first")
     check_complete(directory)
-    return read_hybrid_config(directory)
+    return read_hylo_config(directory)
 
 
 def layer_of(name: str, config: HyloConfig) -> int | None:

@@ -9,6 +9,7 @@ shards the trained model alone, when training begins, and refuses tied embedding
 - the head is never whole: the losses of hylo.ops.sharded_divergence use each process's own rows of it;
 - clipping and optimiser know sharded weights from the start.
 
+Stages through TRL, which call the whole model and write with it, are not sharded: there every process has all.
 A gradient is the average over the processes of each one's own, so a process's loss is the average over its own rows.
 """
 

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from hylo.checkpoint import Weights, names, refuse_released
+from hylo.checkpoint import BASES, Weights, names, refuse_released
 from hylo.errors import HyloError
 from hylo.files import read_json
+from hylo.modeling.configuration import HyloConfig
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "hylo")
 
@@ -69,6 +70,38 @@ def checkpoint_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     tied = set(model.all_tied_weights_keys)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def read_hylo_config(directory: Path) -> HyloConfig:
+    """config.json of a hylo directory. Raises HyloError if it is not valid."""
+    path = directory / "config.json"
+    raw = read_json(path, "configuration")
+    if raw.get("base_model_type") not in BASES:
+        raise HyloError(f"configuration {path} has base_model_type {raw.get('base_model_type')}; restore the file")
+    try:
+        return HyloConfig.from_dict(raw)
+    except Exception as error:  # transformers validates configurations with exceptions of many classes
+        raise HyloError(f"configuration {path} is not valid ({error}); restore the file") from error
+
+
+def check_complete(directory: Path) -> None:
+    """Holds the names and shapes of all tensors against what config.json asks for; reads no weight.
+
+    Raises HyloError for a directory that `load_model` would refuse.
+    """
+    read_configuration(directory)
+    held = Weights(directory).shapes
+    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    try:
+        wanted = checkpoint_shapes(config)
+    except Exception as error:  # of many classes, as the layers' constructors raise what they like
+        raise HyloError(f"configuration {directory / 'config.json'} is not valid ({error}); restore it") from error
+    if missing := sorted(wanted.keys() - held.keys()):
+        raise HyloError(f"model {directory} lacks {names(missing)}; restore the directory")
+    if unexpected := sorted(held.keys() - wanted.keys() - {"lm_head.weight"}):
+        raise HyloError(f"model {directory} holds unexpected {names(unexpected)}; restore the directory")
+    if wrong := sorted(name for name, shape in wanted.items() if held[name] != shape):
+        raise HyloError(f"model {directory} has {names(wrong)} in another shape than config.json says; restore it")
 
 
 @contextmanager

@@ -4,9 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
-from hylo.checkpoint import BASES, Weights, dtype_of, names, read_base_config, refuse_released
+from hylo.checkpoint import dtype_of, read_base_config, refuse_released
 from hylo.convert.config import hylo_config
 from hylo.errors import HyloError
 from hylo.files import read_json
@@ -14,7 +12,7 @@ from hylo.geometry import complete_geometry
 from hylo.layout import layout_name
 from hylo.modeling import HyloConfig
 from hylo.modeling.configuration import CACHE_KIND
-from hylo.modeling.loading import MODEL_TYPES, checkpoint_shapes, read_configuration
+from hylo.modeling.loading import MODEL_TYPES, read_hylo_config
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def read_served(directory: Path) -> ServedModel:
         raise HyloError(f"model directory {directory} does not exist; check the path")
     refuse_released(directory)
     if is_hybrid(directory):
-        config = read_hybrid_config(directory)
+        config = read_hylo_config(directory)
     else:
         if (model_type := _model_type(directory)) not in MODEL_TYPES:
             raise HyloError(f"model {directory} is of model_type {model_type}; served are {', '.join(MODEL_TYPES)}")
@@ -71,35 +69,3 @@ def _model_type(directory: Path) -> Any:
         raise HyloError(f"model directory {directory} does not exist; check the path")
     refuse_released(directory)
     return read_json(directory / "config.json", "configuration").get("model_type")
-
-
-def read_hybrid_config(directory: Path) -> HyloConfig:
-    """config.json of a hylo directory. Raises HyloError if it is not valid."""
-    path = directory / "config.json"
-    raw = read_json(path, "configuration")
-    if raw.get("base_model_type") not in BASES:
-        raise HyloError(f"configuration {path} has base_model_type {raw.get('base_model_type')}; restore the file")
-    try:
-        return HyloConfig.from_dict(raw)
-    except Exception as error:  # transformers validates configurations with exceptions of many classes
-        raise HyloError(f"configuration {path} is not valid ({error}); restore the file") from error
-
-
-def check_complete(directory: Path) -> None:
-    """Holds the names and shapes of all tensors against what config.json asks for; reads no weight.
-
-    Raises HyloError for a directory that `load_model` would refuse.
-    """
-    read_configuration(directory)
-    held = Weights(directory).shapes
-    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    try:
-        wanted = checkpoint_shapes(config)
-    except Exception as error:  # of many classes, as the layers' constructors raise what they like
-        raise HyloError(f"configuration {directory / 'config.json'} is not valid ({error}); restore it") from error
-    if missing := sorted(wanted.keys() - held.keys()):
-        raise HyloError(f"model {directory} lacks {names(missing)}; restore the directory")
-    if unexpected := sorted(held.keys() - wanted.keys() - {"lm_head.weight"}):
-        raise HyloError(f"model {directory} holds unexpected {names(unexpected)}; restore the directory")
-    if wrong := sorted(name for name, shape in wanted.items() if held[name] != shape):
-        raise HyloError(f"model {directory} has {names(wrong)} in another shape than config.json says; restore it")
