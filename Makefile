@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 # Whose references and signatures the recurrences are held to; its one-token kernel runs under Triton's interpreter.
 FLA := flash-linear-attention==0.6.0 fla-core==0.6.0 einops==0.8.2
 
-.PHONY: demo test lint types unit compatibility serve-env test-serve clean
+.PHONY: demo test lint types unit faults compatibility serve-env test-serve clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hylo demo --quick --out runs/demo
@@ -27,6 +27,10 @@ types: $(VENV)/.installed
 
 unit: $(VENV)/.installed
 	$(BIN)/pytest
+
+# A run killed at 36 instants; `unit` has six of them.
+faults: $(VENV)/.installed
+	HYLO_FAULTS=36 $(BIN)/pytest tests/test_faults.py
 
 .PRECIOUS: $(VENV)/.transformers-%
 

@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer
 from transformers.utils import logging
 
 from hylo.convert import Initialisation, convert
-from hylo.data.rows import RowDataset
+from hylo.data.retrieval import window
 from hylo.distill.align import AlignTrainer, align
 from hylo.distill.extend import ExtendTrainer, extend
 from hylo.distill.metrics import StepMetrics
@@ -99,8 +99,9 @@ def make_run(row: str, folder: Path, length: int, vocabulary: int, steps: int) -
     clock = Clock()
     stream = np.random.default_rng(0).integers(0, vocabulary, 4 * length).astype(np.int32)
 
-    def rows(length: int, count: int) -> RowDataset:
-        return RowDataset(stream, length, count, seed=0)
+    def rows(length: int, count: int) -> list[dict[str, torch.Tensor]]:
+        rng = np.random.default_rng(0)
+        return [{"input_ids": torch.from_numpy(window(rng, stream, length)).long()} for _ in range(count)]
 
     logging.disable_progress_bar()
     run = peer(folder, length, rows, steps, clock) if row == "peer" else ours(row, folder, length, rows, steps, clock)

@@ -44,17 +44,16 @@ def test_plan_stages_and_memory_are_shown_without_any_weight(tiny_base: Path, tm
         (tmp_path / "base" / name).write_bytes((tiny_base / name).read_bytes())
     text, found = shown(recipe(tmp_path / "base", tmp_path))
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
-    aligned, extended = (next(line for line in lines if line[0] == name) for name in ("aligned", "extended-256"))
-    assert aligned[1:] == ["layers", "live", "64", "-", "4", "2,560", "10", "0% to 25%"] + [
-        "0.001 after 1 step, then cosine to 0"
-    ]
-    assert extended[1:] == ["forward_kl", "live", "256", "4", "2", "5,120", "10", "25% to 100%"] + [
-        "0.0005 after 2 steps, then cosine to 0"
-    ]
+    rows = {line[0]: line[1:] for line in reversed(lines)}  # of two called teacher, who it is
+    assert rows["objective"] == ["layers", "forward_kl"] and rows["teacher"] == ["live", "live"]
+    assert (rows["length"], rows["YaRN"], rows["rows"]) == (["64", "256"], ["-", "4"], ["4", "2"])
+    assert (rows["tokens"], rows["steps"]) == (["2,560", "5,120"], ["10", "10"])
+    assert rows["data"] == ["0% to 25%", "25% to 100%"]
+    assert (rows["warm-up"], rows["learning rate"]) == (["1 step", "2 steps"], ["0.001", "0.0005"])
+    assert rows["then"] == ["cosine to 0", "cosine to 0"]
     assert "1MLA2GDN" in text and "floating-point operations" in text
-    for stage, memory in found:
-        row = [line for line in lines if line[0] == stage.directory][1]
-        assert row[-2:] == [f"{memory.total / 2**30:.2f}", memory.moment]
+    assert rows["together"] == [f"{memory.total / 2**30:.2f}" for _, memory in found]
+    assert rows["fullest at"] == [memory.moment for _, memory in found]
 
 
 def test_devices_share_the_rows(tiny_base: Path, tmp_path: Path) -> None:

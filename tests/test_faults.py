@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 import yaml
+from upcycle_child import upcycle
 
 INSTANTS = int(os.environ.get("HYLO_FAULTS", "6"))
 PHASES = ("converted", "aligned", "extended-64", "extended-128", "evaluations/extended.json", "report.html")
@@ -118,16 +118,6 @@ def begin(recipe: Path, run: Path) -> Any:
     process = CONTEXT.Process(target=upcycle, args=(str(recipe), str(run)))
     process.start()
     return process
-
-
-def upcycle(recipe: str, run: str) -> None:
-    from hylo.cli import main
-
-    torch.set_num_threads(1)
-    with Path(run).with_suffix(".log").open("a") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    main(["upcycle", recipe, "--out", run])
 
 
 def traces(run: Path) -> set[str]:

@@ -13,9 +13,9 @@ from hylo.distill import checkpoints
 from hylo.distill.checkpoints import Checkpoints, claimed, training_directory
 from hylo.distill.settings import Training
 from hylo.errors import HyloError
-from hylo.files import write_json
+from hylo.files import locked, write_json
 from hylo.recipe import Recipe, dump_recipe
-from hylo.run_directory import locked
+from hylo.run_directory import LOCK
 from hylo.status import print_status, run_status
 
 STAGE = {"tokens": 100 * 64, "length": 16, "rows": 4, "learning_rate": 1e-3}  # 100 steps of 64 tokens
@@ -114,7 +114,7 @@ def test_a_stage_at_work(tmp_path: Path) -> None:
 
 def test_a_run_at_work_between_stages_is_at_its_first_missing_part(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    with locked(run):
+    with locked(run / LOCK, "busy"):
         assert states(run_status(run))["convert"] == "in progress"
         (run / "converted").mkdir()
         record(run / "aligned", 100)

@@ -52,44 +52,34 @@ def dry_run(recipe: Recipe, console: Console, devices: int = 1) -> list[tuple[St
         memory = stage_memory(stage, student, theirs, dtype, devices, recipe.data.boundaries)
         flops += stage_flops(stage, student, theirs) * stage.steps * stage.rows * stage.length
         found.append((stage, memory))
-    _print_stages(recipe, console, devices)
-    _print_memory(found, console, devices)
+    _print_stages(recipe, found, console, devices)
     console.print(f"arithmetic of all stages: {flops:.3g} floating-point operations")
     return found
 
 
-def _print_stages(recipe: Recipe, console: Console, devices: int) -> None:
+def _print_stages(recipe: Recipe, found: list[tuple[Stage, Memory]], console: Console, devices: int) -> None:
+    """One column a stage, so that it fits a terminal."""
     table = Table(title=f"stages on {_number(devices, 'device')}", title_justify="left")
-    for heading in ("stage", "objective", "teacher"):
-        table.add_column(heading)
-    for heading in ("length", "YaRN", "rows", "tokens", "steps", "data"):
-        table.add_column(heading, justify="right")
-    table.add_column("learning rate")
-    for stage, (start, end) in zip(recipe.stages, recipe.parts(), strict=True):
-        table.add_row(
-            stage.directory,
-            _objective(stage),
-            stage.teacher_source,
-            f"{stage.length:,}",
-            _yarn(stage, recipe.yarn_original_length),
-            _rows(stage, devices),
-            f"{stage.steps * stage.rows * stage.length:,}",
-            f"{stage.steps:,}",
-            "preferences" if stage.kind == "dpo" else f"{start:.0%} to {end:.0%}",
-            _schedule(stage),
-        )
-    console.print(table)
-
-
-def _print_memory(found: list[tuple[Stage, Memory]], console: Console, devices: int) -> None:
-    table = Table(title="memory of a device at the fullest moment, GiB, estimated", title_justify="left")
-    table.add_column("stage")
-    for heading in (*found[0][1].parts, "together"):
-        table.add_column(heading, justify="right")
-    table.add_column("moment")
-    for stage, memory in found:
-        figures = (*memory.parts.values(), memory.total)
-        table.add_row(stage.directory, *(f"{figure / GIB:.2f}" for figure in figures), memory.moment)
+    table.add_column("")
+    for stage, _ in found:
+        table.add_column(stage.directory, justify="right", overflow="fold")
+    table.add_row("objective", *(_objective(stage) for stage, _ in found))
+    table.add_row("teacher", *(stage.teacher_source for stage, _ in found))
+    table.add_row("length", *(f"{stage.length:,}" for stage, _ in found))
+    table.add_row("YaRN", *(_yarn(stage, recipe.yarn_original_length) for stage, _ in found))
+    table.add_row("rows", *(_rows(stage, devices) for stage, _ in found))
+    table.add_row("tokens", *(f"{stage.steps * stage.rows * stage.length:,}" for stage, _ in found))
+    table.add_row("data", *(_part(stage, part) for (stage, _), part in zip(found, recipe.parts(), strict=True)))
+    table.add_row("steps", *(f"{stage.steps:,}" for stage, _ in found))
+    table.add_row("warm-up", *(_number(_warmup(stage), "step") for stage, _ in found))
+    table.add_row("learning rate", *(f"{stage.learning_rate:g}" for stage, _ in found))
+    table.add_row("then", *("constant" if s.schedule == "constant" else f"{s.schedule} to 0" for s, _ in found))
+    table.add_section()
+    table.add_row("[bold]GiB a device, estimated[/]")
+    for part in found[0][1].parts:
+        table.add_row(part, *(f"{memory.parts[part] / GIB:.2f}" for _, memory in found))
+    table.add_row("together", *(f"{memory.total / GIB:.2f}" for _, memory in found))
+    table.add_row("fullest at", *(memory.moment for _, memory in found))
     console.print(table)
 
 
@@ -117,10 +107,12 @@ def _rows(stage: Stage, devices: int) -> str:
     return f"{stage.rows}" if stage.rows == at_once else f"{stage.rows} = {split}"
 
 
-def _schedule(stage: Stage) -> str:
-    warmup = min(math.ceil(stage.warmup * stage.steps), stage.steps - 1)
-    after = "constant" if stage.schedule == "constant" else f"{stage.schedule} to 0"
-    return f"{stage.learning_rate:g} after {_number(warmup, 'step')}, then {after}"
+def _part(stage: Stage, part: tuple[float, float]) -> str:
+    return "preferences" if stage.kind == "dpo" else f"{part[0]:.0%} to {part[1]:.0%}"
+
+
+def _warmup(stage: Stage) -> int:
+    return min(math.ceil(stage.warmup * stage.steps), stage.steps - 1)
 
 
 def _number(count: int, what: str) -> str:

@@ -1,6 +1,7 @@
 """Output directories and files that are complete or absent: written under a temporary name, then renamed."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -89,6 +90,29 @@ def differences(theirs: Any, ours: Any, path: str = "") -> list[str]:
     else:
         return [] if theirs == ours else [f"{path.lstrip('.')} is {theirs} there, {ours} here"]
     return [line for name, a, b in pairs for line in differences(a, b, name)]
+
+
+@contextlib.contextmanager
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Holds a lock file, which goes with the process; raises HyloError(`busy`) if another one holds it."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise HyloError(busy) from None
+        yield
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds a lock file."""
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def sync(directory: Path) -> None:

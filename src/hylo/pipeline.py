@@ -20,6 +20,7 @@ from hylo.convert import Initialisation, convert, print_fits, read_base, with_en
 from hylo.data.training import Part, TrainingData
 from hylo.distill.settings import Stage
 from hylo.distill.student import check_pair
+from hylo.errors import HyloError
 from hylo.evaluate.evaluate import Workload, evaluate_models, print_results
 from hylo.files import read_json, write_json
 from hylo.modeling.loading import read_configuration
@@ -114,8 +115,12 @@ class Arms:
 
     def check_data(self) -> None:
         """Raises HyloError where a stage is longer than its part of the data."""
-        for stage, part in zip(self.recipe.stages, self.recipe.parts(), strict=True):
-            check_data(stage, self.materials.data, stage.directory, part)
+        for i, (stage, part) in enumerate(zip(self.recipe.stages, self.recipe.parts(), strict=True)):
+            try:
+                check_data(stage, self.materials.data, stage.directory, part)
+            except HyloError as error:
+                share = f"stages.{i} ({stage.directory}, {part[0]:.1%} to {part[1]:.1%} of the data)"
+                raise HyloError(f"{share}: {error}") from None
 
     def train(self) -> dict[str, Path]:
         """Writes the model directories that are missing; returns those to evaluate, by the names of the report."""

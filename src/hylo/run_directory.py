@@ -1,7 +1,6 @@
 """A run's directory: it belongs to one recipe and, at a time, to one command; what a killed one left is swept away."""
 
 import contextlib
-import fcntl
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from hylo.errors import HyloError
-from hylo.files import differences, write_text
+from hylo.files import differences, locked, write_text
 from hylo.recipe import Recipe, dump_recipe
 
 LOCK = ".lock"
@@ -25,7 +24,8 @@ def claimed(run: Path, recipe: Recipe) -> Iterator[None]:
     """
     check_recipe(run, recipe)
     run.mkdir(parents=True, exist_ok=True)
-    with locked(run):
+    busy = f"another command is at work in {run}; wait for it, or choose another --out"
+    with locked(run / LOCK, busy):
         write_text(run / "recipe.yaml", dump_recipe(recipe))
         for leftover in run.rglob(".*.partial-*"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -50,13 +50,3 @@ def check_recipe(run: Path, recipe: Recipe) -> None:
     raise HyloError(
         f"{path} is another recipe's ({differing}); choose another --out, or go on with the recipe it was made from"
     )
-
-
-@contextlib.contextmanager
-def locked(run: Path) -> Iterator[None]:
-    with (run / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise HyloError(f"another command is at work in {run}; wait for it, or choose another --out") from None
-        yield

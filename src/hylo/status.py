@@ -3,7 +3,6 @@
 A run is a directory of `hylo upcycle`, or the OUT of align or extend, which need not be there yet (OUT.training is).
 """
 
-import fcntl
 import json
 import shlex
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from hylo.distill.checkpoints import Checkpoints, training_directory
 from hylo.distill.settings import Training
 from hylo.distill.view import clock
 from hylo.errors import HyloError
-from hylo.files import read_json
+from hylo.files import is_locked, read_json
 from hylo.recipe import Recipe, read_recipe
 from hylo.run_report import NAMES
 
@@ -38,7 +37,7 @@ def run_status(run: Path) -> dict[str, Any]:
     """
     if (run / "recipe.yaml").is_file():
         parts = list(_parts_of_run(run, read_recipe(run / "recipe.yaml")))
-        alive = held(run / run_directory.LOCK) or any(part["state"] == "in progress" for part in parts)
+        alive = is_locked(run / run_directory.LOCK) or any(part["state"] == "in progress" for part in parts)
         command = f"hylo upcycle {shlex.quote(str(run / 'recipe.yaml'))} --out {shlex.quote(str(run))}"
     elif (run / "metrics.jsonl").is_file() or training_directory(run).is_dir():
         parts = [_stage(run.name, run, None)]
@@ -68,18 +67,6 @@ def print_status(found: dict[str, Any], console: Console) -> None:
     if not found["alive"]:
         command = found["command"] or "the command that it was begun with, again"
         console.print(f"to go on: {command}", highlight=False, soft_wrap=True)
-
-
-def held(lock: Path) -> bool:
-    """Whether a process holds a lock file."""
-    try:
-        with lock.open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 def _parts_of_run(run: Path, recipe: Recipe) -> Iterator[dict[str, Any]]:
@@ -114,7 +101,7 @@ def _stage(name: str, out: Path, training: Training | None) -> dict[str, Any]:
     if not work.is_dir():
         return part | ({"steps": training.steps} if training else {})
     if work != out:
-        part["state"] = "in progress" if held(work / checkpoints.LOCK) else "stopped"
+        part["state"] = "in progress" if is_locked(work / checkpoints.LOCK) else "stopped"
         identity = work / checkpoints.IDENTITY
         if identity.exists():  # what it was begun with: an arm's stage differs from the recipe's
             training = Training.model_validate(read_json(identity, "description")["training"])

@@ -6,8 +6,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hylo.data.retrieval import KEYS, VALUES, FactFormat, fact_row, needle_row, window
-from hylo.data.rows import RowDataset
-from hylo.errors import HyloError
 
 FACTS = FactFormat(
     prefix=[1, 2],
@@ -92,34 +90,3 @@ def test_window_reaches_both_ends() -> None:
     starts = {int(window(np.random.default_rng(i), np.arange(5), 4)[0]) for i in range(20)}
     assert starts == {0, 1}
     assert window(np.random.default_rng(0), np.arange(5), 5).tolist() == [0, 1, 2, 3, 4]
-
-
-def test_rows_depend_on_seed_and_index_alone() -> None:
-    rows = RowDataset(STREAM, 400, 6, seed=1, facts=FACTS, fact_share=0.5)
-    again = RowDataset(STREAM, 400, 6, seed=1, facts=FACTS, fact_share=0.5)
-    assert len(rows) == 6
-    drawn = [rows[i]["input_ids"] for i in range(6)]
-    for i in reversed(range(6)):
-        assert again[i]["input_ids"].equal(drawn[i]) and drawn[i].shape == (400,)
-    assert not RowDataset(STREAM, 400, 6, seed=2)[0]["input_ids"].equal(drawn[0])
-    assert 0 < sum((row < 1000).any().item() for row in drawn) < 6  # some rows have facts, some are plain
-
-
-def test_share_of_rows_with_facts() -> None:
-    def with_facts(share: float) -> int:
-        rows = RowDataset(STREAM, 400, 40, seed=0, facts=FACTS, fact_share=share)
-        return sum((rows[i]["input_ids"] < 1000).any().item() for i in range(40))
-
-    assert with_facts(0.0) == 0 and with_facts(1.0) == 40 and 10 < with_facts(0.5) < 30
-
-
-def test_text_shorter_than_a_row() -> None:
-    with pytest.raises(HyloError, match="3000 tokens, fewer than one sequence of 3001"):
-        RowDataset(STREAM, 3001, 1, seed=0)
-    assert RowDataset(STREAM, 3000, 1, seed=0)[0]["input_ids"].shape == (3000,)
-
-
-def test_rows_own_their_memory() -> None:
-    row = RowDataset(STREAM, 64, 1, seed=0)[0]["input_ids"]
-    row[0] = -1
-    assert STREAM.min() == 1000

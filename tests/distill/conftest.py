@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from window_rows import WindowRows
 
-from hylo.data.rows import RowDataset
 from hylo.distill.settings import Training
 from hylo.distill.trainer import Rows
 from hylo.modeling import HyloConfig, HyloForCausalLM
@@ -73,7 +73,7 @@ def student_directory(tmp_path: Path, base: LlamaForCausalLM) -> Path:
 @pytest.fixture
 def rows() -> Rows:
     stream = np.random.default_rng(0).integers(0, VOCAB, 4000).astype(np.int32)
-    return lambda length, count: RowDataset(stream, length, count, seed=0)
+    return lambda length, count: WindowRows(stream, length, count, seed=0)
 
 
 @pytest.fixture

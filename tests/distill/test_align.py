@@ -9,8 +9,8 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from window_rows import WindowRows
 
-from hylo.data.rows import RowDataset
 from hylo.distill.align import AlignTrainer, LayerAlignment, TeacherLayers, align, l2_distance
 from hylo.distill.checkpoints import training_directory
 from hylo.distill.metrics import StepMetrics
@@ -183,8 +183,8 @@ def test_bf16_trains_float32_weights(
 STREAM = np.random.default_rng(0).integers(0, 64, 4000).astype(np.int32)  # as in `rows`
 
 
-def broken_rows(length: int, count: int) -> RowDataset:
-    class Broken(RowDataset):
+def broken_rows(length: int, count: int) -> WindowRows:
+    class Broken(WindowRows):
         def __getitem__(self, index: int) -> dict[str, Tensor]:
             if index == 9:
                 raise RuntimeError("boom")

@@ -15,10 +15,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
+from window_rows import WindowRows
 
 from hylo.convert import convert
 from hylo.convert.assemble import assemble
-from hylo.data.rows import RowDataset
 from hylo.distill import signals
 from hylo.distill.align import align
 from hylo.distill.checkpoints import training_directory
@@ -95,7 +95,7 @@ class Disturbed:
         self.calls += 1
         call, rows, happens = self.calls, self.rows(length, count), self.happens
 
-        class Watched(RowDataset):
+        class Watched(WindowRows):
             def __init__(self) -> None:
                 pass
 

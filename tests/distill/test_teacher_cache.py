@@ -18,8 +18,8 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import LlamaForCausalLM, PreTrainedModel
+from window_rows import WindowRows
 
-from hylo.data.rows import RowDataset
 from hylo.distill import cache_writer
 from hylo.distill.cache import TeacherCache, file_hash
 from hylo.distill.cache_writer import CacheSettings, TeacherOfRows, write_teacher_cache
@@ -300,7 +300,7 @@ def test_a_part_of_something_else_is_refused(
         ("facts 0.0, not 0.5", {"facts": 0.5}),
         ("precision float32, not bf16", {"precision": "bf16"}),
         ("another teacher", {"teacher": tmp_path / "other"}),
-        ("the text gives other rows", {"rows": lambda length, count: RowDataset(stream, length, count, seed=0)}),
+        ("the text gives other rows", {"rows": lambda length, count: WindowRows(stream, length, count, seed=0)}),
     ):
         with pytest.raises(HyloError, match=rf"cache\.partial .*{match}|{match}.*cache\.partial"):
             write(tmp_path / "cache", **changes)
@@ -463,9 +463,9 @@ def test_another_head_tokenizer_order_or_length_is_refused(
     fails("made with length 16, not 32", length=32)
     fails("holds 384 tokens, fewer than 385", tokens=385)
     stream = np.random.default_rng(0).integers(0, 64, 4000).astype(np.int32)
-    fails("gives other rows .*from row 0 on", rows=lambda length, count: RowDataset(stream, length, count, seed=1))
+    fails("gives other rows .*from row 0 on", rows=lambda length, count: WindowRows(stream, length, count, seed=1))
 
-    class OneRowDiffers(RowDataset):
+    class OneRowDiffers(WindowRows):
         def __getitem__(self, index: int) -> dict[str, Tensor]:
             row = super().__getitem__(index)
             if index == 17:

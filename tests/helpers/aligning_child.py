@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
+from window_rows import WindowRows
 
 from hylo.convert.memory import release_freed
-from hylo.data.rows import RowDataset
 from hylo.distill.align import align
 from hylo.distill.settings import Training
 
@@ -19,8 +19,8 @@ def memory(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
-def rows(length: int, count: int) -> RowDataset:
-    return RowDataset(np.arange(1000, dtype=np.int32) % 64, length, count, seed=0)
+def rows(length: int, count: int) -> WindowRows:
+    return WindowRows(np.arange(1000, dtype=np.int32) % 64, length, count, seed=0)
 
 
 torch.set_num_threads(1)

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from rich.console import Console
 from transformers import TrainerCallback
+from window_rows import WindowRows
 
 from hylo import parallel
-from hylo.data.rows import RowDataset
 from hylo.distill import signals
 from hylo.distill.align import align
 from hylo.distill.extend import extend
@@ -33,8 +33,8 @@ def run_job(job: dict[str, Any]) -> None:
     training = Training.model_validate(job["training"])
     console = Console(quiet=not parallel.is_main(), width=200)
 
-    def rows(length: int, count: int) -> RowDataset:
-        return RowDataset(stream, length, count, seed=0)
+    def rows(length: int, count: int) -> WindowRows:
+        return WindowRows(stream, length, count, seed=0)
 
     base, student, out = (Path(job[key]) for key in ("base", "student", "out"))
     if job["kind"] == "align":

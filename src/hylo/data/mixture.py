@@ -14,9 +14,10 @@ from torch.utils.data import Dataset
 
 from hylo.data.packing import PackedStream
 from hylo.data.retrieval import FactFormat, fact_row
-from hylo.data.rows import FACT_SPACING, REPEATS
 from hylo.errors import HyloError
 
+FACT_SPACING = 40  # tokens of row per fact, whatever the length: the density of facts is what teaches retrieval
+REPEATS = 4
 GOLDEN = 11400714819323198485  # 2^64 divided by the golden ratio
 
 

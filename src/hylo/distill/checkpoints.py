@@ -10,7 +10,6 @@ A checkpoint is written under another name, its files' sizes and checksums last,
 """
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
@@ -28,7 +27,7 @@ from torch.optim import Optimizer
 
 from hylo.distill.sharding import gathered, shared_out
 from hylo.errors import HyloError
-from hylo.files import checksum, differences, read_json, sync, write_json
+from hylo.files import checksum, differences, locked, read_json, sync, write_json
 from hylo.parallel import barrier, from_main, is_main
 
 LOCK, IDENTITY, CHECKSUMS, WEIGHTS = "lock", "stage.json", "checksums.json", "model.safetensors"
@@ -207,11 +206,8 @@ def claimed(work: Path, identity: dict[str, Any]) -> Iterator[None]:
     without any checkpoint leaves is removed.
     """
     work.mkdir(parents=True, exist_ok=True)
-    with (work / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise HyloError(f"another process is at work in {work}; wait for it, or choose another output") from None
+    busy = f"another process is at work in {work}; wait for it, or choose another output"
+    with locked(work / LOCK, busy):
         for leftover in work.glob(".*.partial*"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         path = work / IDENTITY

@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import parse
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -24,7 +26,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedModel
 
+from hylo.errors import HyloError
 from hylo.parallel import is_main, world_size
+
+SHARDS_FROM = "5.19.0"  # transformers whose Trainer leaves sharded models to others
 
 
 def place(model: PreTrainedModel, device: torch.device) -> None:
@@ -51,7 +56,15 @@ def place(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def leave_to_us(module: nn.Module) -> None:
-    """Tells the Trainer (transformers 5.19 or later) that such a module's placing and gradients are not its affair."""
+    """Tells the Trainer that such a module's placing and gradients are not its affair.
+
+    Raises HyloError with several processes and a Trainer that cannot be told.
+    """
+    if world_size() > 1 and parse(transformers.__version__) < parse(SHARDS_FROM):
+        raise HyloError(
+            f"several processes need transformers {SHARDS_FROM} or later, and {transformers.__version__} is installed; "
+            f'pip install "transformers>={SHARDS_FROM}"'
+        )
     module.is_distributed_loading_by_transformers = world_size() > 1  # type: ignore[assignment]
 
 
