@@ -54,8 +54,8 @@ def run_status(run: Path) -> dict[str, Any]:
 
 def print_status(found: dict[str, Any], console: Console) -> None:
     table = Table(title=found["run"], title_justify="left")
-    for column in ("", "state", "step", "loss", "tokens/s", "left", "skipped", "checkpoint"):
-        table.add_column(column, justify="left" if column in ("", "state", "checkpoint") else "right")
+    for column in ("", "state", "step", "loss", "tokens/s", "left", "skipped", "saved"):
+        table.add_column(column, justify="left" if column in ("", "state") else "right", overflow="fold")
     for part in found["parts"]:
         name = f"{part['name']}, {part['group']}" if "group" in part else part["name"]
         table.add_row(name, part["state"], *_cells(part))
@@ -152,6 +152,6 @@ def _cells(part: dict[str, Any]) -> list[str]:
 
     step = f"{part.get('step', 0)} of {part['steps']}" if "steps" in part else shown("step", "d")
     left = clock(part["seconds_left"]) if "seconds_left" in part else ""
-    saved = Path(part["checkpoint"]).name if "checkpoint" in part else ""
+    saved = f"step {int(part['checkpoint'].rpartition('-')[2])}" if "checkpoint" in part else ""
     skipped = str(part["skipped"]) if part.get("skipped") else ""
     return [step, shown("loss", ".4f"), shown("tokens_per_second", ",.0f"), left, skipped, saved]
