@@ -78,6 +78,15 @@ def test_mappings_are_merged_and_lists_replaced(tmp_path: Path) -> None:
     assert recipe.data.facts == 0.5
 
 
+def test_null_takes_a_key_of_the_parent_away(tmp_path: Path) -> None:
+    write(tmp_path / "parent.yaml", GOOD | {"teacher": "teacher"})
+    data = {"text": None, "facts": None, "sources": [{"kind": "jsonl", "paths": ["a.jsonl"]}]}
+    child = write(tmp_path / "child.yaml", {"extends": "parent.yaml", "teacher": None, "data": data})
+    read = read_recipe(child)
+    assert read.teacher is None and [source.kind for source in read.data.sources] == ["jsonl"]
+    assert "yarn_original_length: Field required" in refusal(child, "yarn_original_length=null")
+
+
 def test_a_circle_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.yaml", {"extends": "b.yaml"})
     write(tmp_path / "b.yaml", {"extends": "a.yaml"})

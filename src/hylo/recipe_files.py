@@ -18,7 +18,7 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def read_values(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
-    """The keys of the recipe in `path` over those of what it extends, with every `a.b=c` of `overrides` set.
+    """The keys of the recipe in `path` over those of what it extends, with every `a.b=c` of `overrides` set; no nulls.
 
     Raises HyloError, in one line, for a file that is missing or no mapping, for a circle, and for what cannot be set.
     """
@@ -27,7 +27,7 @@ def read_values(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> dict
         for override in overrides:
             _set(values, override)
         _absolute(values, path.parent)  # what the command line has set
-    return values
+    return _without_nulls(values)
 
 
 def dump_yaml(values: dict[str, Any]) -> str:
@@ -91,6 +91,15 @@ def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(parent.get(key), dict)
         merged[key] = _merge(parent[key], value) if both else value
     return merged
+
+
+def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
+    """null is how a recipe takes away a key of the one that it extends."""
+    return {
+        key: _without_nulls(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if value is not None
+    }
 
 
 def _set(values: dict[str, Any], override: str) -> None:
