@@ -63,7 +63,7 @@ def _print_stages(recipe: Recipe, found: list[tuple[Stage, Memory]], console: Co
     table.add_column("")
     for stage, _ in found:
         table.add_column(stage.directory, justify="right", overflow="fold")
-    table.add_row("objective", *(_objective(stage) for stage, _ in found))
+    table.add_row("objective", *(stage.objective_text for stage, _ in found))
     table.add_row("teacher", *(stage.teacher_source for stage, _ in found))
     table.add_row("length", *(f"{stage.length:,}" for stage, _ in found))
     table.add_row("YaRN", *(_yarn(stage, recipe.yarn_original_length) for stage, _ in found))
@@ -85,12 +85,6 @@ def _print_stages(recipe: Recipe, found: list[tuple[Stage, Memory]], console: Co
 
 def _micro_rows(stage: Stage, devices: int) -> int:
     return batch(stage, devices)[0] // (stage.length * (2 if stage.kind == "dpo" else 1))
-
-
-def _objective(stage: Stage) -> str:
-    if len(stage.objective) == 1:
-        return next(iter(stage.objective))
-    return " + ".join(f"{weight:g} {name}" for name, weight in stage.objective.items())
 
 
 def _yarn(stage: Stage, original: int) -> str:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from hylo.distill.settings import Stage
 from hylo.plan import Plan
 from hylo.recipe import Recipe
 from hylo.report import read_metrics
@@ -13,13 +14,16 @@ NAMES = {"layers": "aligned", "distill": "extended"}  # of a kind's last stage, 
 def build_report(recipe: Recipe, plan: Plan, run: Path, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """`results` has an evaluation for each name of `evaluated`."""
     training: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    losses = {}
     for stage in recipe.stages:
-        label = {"layers": "align", "distill": f"extend {stage.length}"}.get(stage.kind, stage.directory)
+        label = curve(stage)
         of_kind = training.setdefault(NAMES.get(stage.kind, stage.directory), {})
         of_kind[label] = read_metrics(run / stage.directory / "metrics.jsonl")
+        if stage.kind != "layers" and list(stage.objective) != ["forward_kl"]:
+            losses[label] = f"loss ({stage.objective_text})"
         for arm in ("control", "no_alignment") if recipe.controls and stage.kind != "layers" else ():
             steps = read_metrics(run / arm / stage.directory / "metrics.jsonl")
-            training.setdefault(arm, {})[f"{arm} {stage.length}"] = steps
+            training.setdefault(arm, {})[f"{arm} {stage.name or stage.length}"] = steps
 
     def cost(name: str, figure: str) -> float:
         return sum(steps[-1][figure] for steps in training.get(name, {}).values())
@@ -44,6 +48,13 @@ def build_report(recipe: Recipe, plan: Plan, run: Path, results: dict[str, dict[
             for name, result in results.items()
         ],
         "training": {part: steps for parts in training.values() for part, steps in parts.items()},
+        "losses": losses,
         "checks": [],
         "meta": list(results.values())[-1]["meta"],
     }
+
+
+def curve(stage: Stage) -> str:
+    """What the report calls a stage's curve."""
+    usual = {"layers": "align", "distill": f"extend {stage.length}"}
+    return stage.name or usual.get(stage.kind, stage.directory)

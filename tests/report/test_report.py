@@ -11,7 +11,7 @@ import pytest
 
 from hylo.errors import HyloError
 from hylo.report import read_metrics, write_report
-from hylo.report.figures import draw_figures
+from hylo.report.figures import draw_figures, training_figure
 from hylo.report.names import amount, count, in_bytes, short_length
 from hylo.report.page import page
 
@@ -227,3 +227,18 @@ def test_names_of_amounts() -> None:
         "≥ 1",
         "∞",
     ]
+
+
+def test_curves_say_what_their_loss_is() -> None:
+    steps = [{"step": i, "tokens": 64 * i, "loss": 3.0 / i} for i in range(1, 9)]
+    stages = ("align", "extend 64", "extend 128", "dpo")
+    report = {"training": dict.fromkeys(stages, steps), "losses": {"extend 128": "loss (jsd)", "dpo": "loss (dpo)"}}
+    figure = training_figure(report)
+    assert figure is not None
+    labels = {axes.get_title(): axes.get_ylabel() for axes in figure.axes}
+    assert labels == {
+        "Alignment": "loss (L2 distance)",
+        "Extension at 64 tokens": "KL to the teacher (nats/token)",
+        "Extension at 128 tokens": "loss (jsd)",
+        "DPO": "loss (dpo)",
+    }

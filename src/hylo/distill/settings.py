@@ -76,6 +76,13 @@ class Training(BaseModel):
         return only if only not in MIXABLE else "distill"
 
     @property
+    def objective_text(self) -> str:
+        """`forward_kl`, or `0.9 forward_kl + 0.1 cross_entropy`."""
+        if len(self.objective) == 1:
+            return next(iter(self.objective))
+        return " + ".join(f"{weight:g} {name}" for name, weight in self.objective.items())
+
+    @property
     def teacher_source(self) -> Teacher:
         needs = self.kind in ("layers", "on_policy") or any(name in DIVERGENCES for name in self.objective)
         return self.teacher or ("live" if needs else "none")

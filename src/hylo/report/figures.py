@@ -232,14 +232,16 @@ def depth_figure(report: Report) -> Figure | None:
 def training_figure(report: Report) -> Figure | None:
     """Loss against tokens; stages of one length ("extend 512", "control 512") share a panel."""
     panels: dict[str, list[tuple[str, list[dict[str, Any]]]]] = {}
+    losses: dict[str, str] = {}
     for name, steps in (report.get("training") or {}).items():
         steps = [step for step in steps if math.isfinite(step.get("loss", math.nan))]
         stem, _, length = name.rpartition(" ")
         title = f"Extension at {int(length):,} tokens" if length.isdigit() else stage_look(name).label
         if steps:
-            panels.setdefault({"align": "Alignment", "Align": "Alignment"}.get(title, title), []).append(
-                (stem or name, steps)
-            )
+            title = {"align": "Alignment", "Align": "Alignment"}.get(title, title)
+            panels.setdefault(title, []).append((stem or name, steps))
+            if name in report.get("losses", {}):
+                losses[title] = report["losses"][name]
     if not panels:
         return None
     columns = 2 if len(panels) == 4 else min(3, len(panels))
@@ -252,7 +254,8 @@ def training_figure(report: Report) -> Figure | None:
             tokens, loss = _thinned(steps)
             axes.plot(tokens, loss, color=look.colour, linestyle=look.line, linewidth=1.6, label=look.label)
         axes.set_title(title)
-        axes.set_ylabel("loss (L2 distance)" if title == "Alignment" else "KL to the teacher (nats/token)")
+        distance = "loss (L2 distance)" if title == "Alignment" else "KL to the teacher (nats/token)"
+        axes.set_ylabel(losses.get(title, distance))
         axes.set_xlabel("tokens trained on" if "tokens" in curves[0][1][0] else "steps")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x) if x else "0"))
         axes.xaxis.set_major_locator(MaxNLocator(5))

@@ -46,7 +46,8 @@ SPARE = ("#009E73", "#B8A800", "#7F3C8D", "#6B4C2A")
 def stage_look(name: str) -> Look:
     """A stage's own look, or for an unknown stage one that its name alone decides."""
     known = STAGES.get("extended" if name == "extend" else name)
-    return known or Look(name.replace("_", " ").capitalize(), SPARE[sum(map(ord, name)) % len(SPARE)], "h", "-.")
+    label = name.replace("_", " ").capitalize() if name != "dpo" else "DPO"
+    return known or Look(label, SPARE[sum(map(ord, name)) % len(SPARE)], "h", "-.")
 
 
 def amount(value: Any) -> str:

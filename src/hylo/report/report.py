@@ -16,7 +16,8 @@ def write_report(run: Path, report: dict[str, Any]) -> None:
 
     Keys of the report: title, base, layout, plan (Plan.to_json), kv_percent_of_base, lengths, l_short, l_long,
     stages: [{name, metrics: {needle, needle_se, needle_depth, kl, perplexity}, seconds, tokens}], metrics by length;
-    training: {stage: [{step, loss, tokens, ...}]}; checks: [{name, value, threshold, passed}]; meta.
+    training: {stage: [{step, loss, tokens, ...}]}; losses: {stage: what its loss is, if neither a distance nor a KL};
+    checks: [{name, value, threshold, passed}]; meta.
     Whatever is missing is left out of the page. Raises HyloError if a file cannot be written.
     """
     figures = draw_figures(report)
