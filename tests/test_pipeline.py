@@ -169,6 +169,8 @@ def test_bad_input_ends_with_status_2_and_one_line(tiny_base: Path, tmp_path: Pa
         (("align", tiny_base, student, out, "--data", short, *training), ["64", "give more text"]),
         (("align", tiny_base, student, out, "--data", tmp_path / "no.txt", *training), ["no.txt", "does not exist"]),
         (("align", tiny_base, student, out, "--data", text_file, "--rows", 0), ["--rows", "greater than 0"]),
+        (("align", tiny_base, student, out, "--data", text_file, "--set", "objective=dpo"), ["dpo", "hylo extend"]),
+        (("extend", student, out, "--objective", "layers", "--data", text_file), ["layers", "hylo align"]),
         (("extend", student, out, "--teacher", half, "--data", text_file, *training), ["half"]),
         (("evaluate", half, "--text", text_file), ["half"]),
         (("evaluate", student, "--text", short, "--lengths", "64"), ["64"]),

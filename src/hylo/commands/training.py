@@ -142,11 +142,14 @@ def _train(
     launch()
     absent(out)
     training = validated(Training, **given | settings_of(settings))
+    if (training.kind == "layers") != (base is not None):
+        command = "align" if training.kind == "layers" else "extend"
+        raise HyloError(f"objective {training.objective_text} is not for this command; use hylo {command}")
     if training.teacher_source == "cache":
         raise HyloError("a stage from a cache: give --teacher-cache in place of --set teacher=cache")
     if training.teacher_source == "live" and teacher is None:
         wanted = "give either --teacher and --data, or --teacher-cache"
-        raise HyloError(f"objective {' + '.join(training.objective)} needs a teacher; {wanted}")
+        raise HyloError(f"objective {training.objective_text} needs a teacher; {wanted}")
     data = text.data(preferences=training.kind == "dpo")
     source = TrainingData(data, read_tokenizer(student), console=shared.console)
     materials = Materials(base, teacher, source, yarn_original, shared.console)
