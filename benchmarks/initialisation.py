@@ -25,7 +25,7 @@ from hylo.checkpoint import read_tokenizer
 from hylo.convert import Initialisation, convert, read_base, with_energy
 from hylo.data.retrieval import FactFormat
 from hylo.data.settings import Data
-from hylo.data.sources import STANDARD_LIBRARY, held_out_stream
+from hylo.data.sources import STANDARD_LIBRARY, whole_stream
 from hylo.data.training import TrainingData
 from hylo.demo import TEACHER
 from hylo.errors import HyloError
@@ -182,7 +182,7 @@ def main() -> None:
     console = Console(width=160)
     base = arguments.teacher
     tokenizer = read_tokenizer(base)
-    stream = held_out_stream(tokenizer, [STANDARD_LIBRARY])
+    stream = whole_stream(tokenizer, [STANDARD_LIBRARY])
     work = Workload([LENGTH], stream, FactFormat.of(tokenizer), 256, 16384)
     text = TrainingData(Data(text=[STANDARD_LIBRARY]), tokenizer)
     ids = text.calibration(CALIBRATION_TOKENS, CALIBRATION_LENGTH)

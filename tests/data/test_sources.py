@@ -8,11 +8,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hylo.data.sources import (
-    held_out_stream,
     read_documents,
     standard_library,
     token_stream,
-    whole_stream,
 )
 from hylo.errors import HyloError
 
@@ -42,13 +40,6 @@ def test_token_stream_closes_every_document(
     assert stream.dtype == np.int32 and len(stream) == 44
     assert np.flatnonzero(stream == END).tolist() == [40, 43]
     assert not caplog.records  # a document longer than the model's context is nothing to warn of
-
-
-def test_last_twentieth_is_held_out(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("".join(chr(65 + i % 50) for i in range(399)))
-    source = [str(tmp_path / "a.txt")]
-    held_out, whole = (f(tokenizer, source) for f in (held_out_stream, whole_stream))
-    assert len(whole) == 400 and held_out.tolist() == whole[380:].tolist()
 
 
 def test_folder_is_read_in_the_order_of_paths(tmp_path: Path) -> None:

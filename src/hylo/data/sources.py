@@ -11,20 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from hylo.data.settings import STANDARD_LIBRARY
 from hylo.errors import HyloError
 
-HELD_OUT_SHARE = 20  # one document in twenty, or the last twentieth of the tokens
+HELD_OUT_SHARE = 20  # one document in twenty, or a twentieth of the tokens
 SUFFIXES = {".txt", ".md", ".rst", ".py"}
-
-
-def held_out_stream(tokenizer: PreTrainedTokenizerBase, sources: Sequence[str]) -> np.ndarray:
-    """A twentieth of the standard library's documents, the last twentieth of other sources' tokens: (tokens,) int32."""
-    parts = []
-    for source in sources:
-        if source == STANDARD_LIBRARY:
-            parts.append(token_stream(tokenizer, standard_library(held_out=True)))
-        else:
-            tokens = token_stream(tokenizer, read_documents(Path(source)))
-            parts.append(tokens[len(tokens) - len(tokens) // HELD_OUT_SHARE :])
-    return np.concatenate(parts)
 
 
 def whole_stream(tokenizer: PreTrainedTokenizerBase, sources: Sequence[str]) -> np.ndarray:
