@@ -88,6 +88,7 @@ def test_several_sources(cache: Path, tiny_base: Path, student: Path, text_file:
         (("--teacher-cache", "CACHE", "--tokens", 1024), ("holds 512 tokens, fewer than 1024",)),
         (("--teacher-cache", "CACHE", "--tokens", 0), ("--tokens 0",)),
         (("--teacher-cache", "CACHE", "--data", "OTHER"), ("gives other rows",)),
+        (("--teacher-cache", "CACHE", "--track", "nonsense"), ("--track nonsense", "trackio or wandb")),
         (("--teacher-cache", "nowhere"), ("teacher cache nowhere does not exist",)),
         (("--teacher-cache", "BASE"), ("holds no manifest.json",)),
     ],

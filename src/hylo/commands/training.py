@@ -102,6 +102,8 @@ def extend(
     track: TrackOption = None,
 ) -> None:
     """Stage 2: distils the whole hybrid from a teacher at a longer context, with YaRN on the MLA layers."""
+    from hylo.distill.tracking import tracked
+
     given = {"length": length, "tokens": tokens, "rows": rows, "facts": facts, "seed": seed, "precision": precision}
     common: dict[str, Any] = {"learning_rate": learning_rate} | ({"trains": "all_but_head"} if frozen_head else {})
     if objective is not None:
@@ -112,7 +114,8 @@ def extend(
         if objective is not None:
             raise HyloError("a teacher cache is made for forward_kl; leave --objective out")
         text = Text(data, facts or 0.0, not as_published, epochs) if data else None
-        _extend_from_cache(student, out, teacher_cache, text, given, common, settings, yarn_original)
+        with tracked(track):
+            _extend_from_cache(student, out, teacher_cache, text, given, common, settings, yarn_original)
         return
     values = EXTENSION | {key: value for key, value in given.items() if value is not None}
     share = values.pop("facts")
