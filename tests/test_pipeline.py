@@ -109,12 +109,13 @@ def test_stages_run_alone(run: Path, tmp_path: Path, tiny_base: Path, text_file:
         ("align", tiny_base, tmp_path / "b", tmp_path / "c", *training),
         ("extend", tmp_path / "c", tmp_path / "d", "--teacher", tiny_base, "--yarn-original", 32, *training),
         ("evaluate", tmp_path / "d", "--teacher", tiny_base, "--lengths", "256", "--answers", 8, "--tokens", 128)
-        + ("--text", text_file, "--json", tmp_path / "e.json"),
+        + ("--beyond-context", "--text", text_file, "--json", tmp_path / "e.json"),
     ):
         done = hylo(*command)
         assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "e.json").read_text())
-    assert set(result) >= {"needle", "kl", "perplexity"}
+    assert set(result["suites"]) == {"needle", "intrinsic"} and list(result["models"]) == ["d"]
+    assert set(result["suites"]["intrinsic"]["results"]["d"]) >= {"kl", "perplexity", "memory"}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "d").config.mla_rope_parameters["factor"] == 2.0
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from hylo.distill.settings import Stage
+from hylo.files import read_json
 from hylo.plan import Plan
 from hylo.recipe import Recipe
 from hylo.report import read_metrics
@@ -29,6 +30,7 @@ def build_report(recipe: Recipe, plan: Plan, run: Path, results: dict[str, dict[
         return sum(steps[-1][figure] for steps in training.get(name, {}).values())
 
     figures = plan.to_json()
+    initialisation = run / "converted" / "initialisation.json"
     return {
         "title": f"{recipe.base.name} to {plan.layout}",
         "base": recipe.base.name,
@@ -49,6 +51,7 @@ def build_report(recipe: Recipe, plan: Plan, run: Path, results: dict[str, dict[
         ],
         "training": {part: steps for parts in training.values() for part, steps in parts.items()},
         "losses": losses,
+        "initialisation": read_json(initialisation, "initialisation") if initialisation.is_file() else None,
         "checks": [],
         "meta": list(results.values())[-1]["meta"],
     }

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hylo.data.retrieval import FactFormat
 from hylo.errors import HyloError
-from hylo.evaluate import evaluate, evaluate_model, evaluate_models, forward, print_results
+from hylo.evaluate import evaluate, evaluate_model, evaluate_models, print_results
 from hylo.evaluate import evaluate as run
 from hylo.evaluate.evaluate import Workload
 from hylo.evaluate.forward import Scorer, Teacher
@@ -62,7 +62,7 @@ class Oracle(Scorer):
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several batches and tiles, with remainders."""
-    monkeypatch.setattr(forward, "BATCH_TOKENS", 100)
+    monkeypatch.setattr("hylo.evaluate.rows.BATCH_TOKENS", 100)
     monkeypatch.setattr("hylo.evaluate.perplexity.TILE_LOGITS", 7 * VOCABULARY)
 
 
@@ -70,7 +70,7 @@ def test_perplexity_is_that_of_transformers_loss(small_pieces: None) -> None:
     model, rows = llama(), text_rows(STREAM, [48], 300, seed=0)[48]
     with torch.no_grad():
         expected = model(input_ids=rows, labels=rows).loss.exp().item()
-    assert text_score(Scorer(model), rows).perplexity == pytest.approx(expected, rel=1e-4)
+    assert text_score(Scorer(model), rows).perplexity.value == pytest.approx(expected, rel=1e-4)
 
 
 def test_kl_is_that_of_torch_on_full_logits(small_pieces: None) -> None:
@@ -79,8 +79,8 @@ def test_kl_is_that_of_torch_on_full_logits(small_pieces: None) -> None:
         q, p = (m(rows).logits.double().log_softmax(-1).flatten(0, 1) for m in (student, teacher))
     expected = F.kl_div(q, p, reduction="batchmean", log_target=True).item()
     score = text_score(Scorer(student), rows, Teacher(teacher))
-    assert score.kl == pytest.approx(expected, rel=1e-4) and expected > 0.1
-    assert text_score(Scorer(teacher), rows, Teacher(teacher)).kl == pytest.approx(0, abs=1e-5)
+    assert score.kl.value == pytest.approx(expected, rel=1e-4) and expected > 0.1
+    assert text_score(Scorer(teacher), rows, Teacher(teacher)).kl.value == pytest.approx(0, abs=1e-5)
 
 
 def test_a_teacher_reads_every_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,8 +108,8 @@ def test_hybrid(small_pieces: None) -> None:
         p = llama()(rows).logits
     q, p = (x.double().log_softmax(-1).flatten(0, 1) for x in (output.logits, p))
     score = text_score(Scorer(model), rows, Teacher(llama()))
-    assert score.perplexity == pytest.approx(output.loss.exp().item(), rel=1e-4)
-    assert score.kl == pytest.approx(F.kl_div(q, p, reduction="batchmean", log_target=True).item(), rel=1e-4)
+    assert score.perplexity.value == pytest.approx(output.loss.exp().item(), rel=1e-4)
+    assert score.kl.value == pytest.approx(F.kl_div(q, p, reduction="batchmean", log_target=True).item(), rel=1e-4)
 
 
 def test_text_rows_are_distinct_windows_of_the_same_text() -> None:
@@ -177,7 +177,7 @@ def test_result_in_memory(tmp_path: Path) -> None:
     assert result["needle_answers"] == {"80": 12, "128": 12}  # at least 10, in rows of 4
     assert result["tokens"] == {"80": 240, "128": 384}
     assert [len(bins) for bins in result["needle_depth"].values()] == [4, 4]
-    assert sum(read) == work.tokens_read == 3 * 80 + 240 + 3 * 128 + 384
+    assert sum(read) == work.tokens_read == (3 * 80 + 240 + 80) + (3 * 128 + 384 + 128)
     assert result["meta"]["seed"] == 5 and set(result["meta"]["versions"]) == {"hylo", "torch", "transformers"}
     assert "kl" not in evaluate_model(llama(1), None, work)
 

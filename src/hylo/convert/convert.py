@@ -1,6 +1,7 @@
 """Conversion: a base directory and a plan in, a hybrid directory out, layer by layer."""
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from hylo.convert.base import BaseCheckpoint, read_base
 from hylo.convert.calibration import LayerSample, samples_of
 from hylo.convert.config import planned_config
 from hylo.convert.device import compute_device, moved
-from hylo.convert.initialisation import Initialisation
+from hylo.convert.initialisation import Initialisation, LayerRanks
 from hylo.convert.linear import fill_gated_deltanet, fill_mamba2
 from hylo.convert.linear_fit import FitResult
 from hylo.convert.memory import release_freed
 from hylo.convert.mla import fill_mla
+from hylo.convert.record import NAME, initialisation_record
 from hylo.convert.write import SHARD_BYTES, ShardWriter
 from hylo.errors import HyloError
 from hylo.files import complete_directory
@@ -44,7 +46,8 @@ def convert(
 
     `seed` decides what is left to chance, layer by layer. `dtype` of the written weights (default: the plan's), in
     shards of at most `shard_bytes` where a tensor is not larger; `progress(layers done, layers)` is called after every
-    layer. Memory holds one layer and one shard. Returns how far calibrated linear blocks came, by layer.
+    layer. Memory holds one layer and one shard. Beside the weights, OUT/initialisation.json says what was chosen and
+    what the ranks keep (`initialisation_record`). Returns how far calibrated linear blocks came, by layer.
     Raises HyloError for a base that cannot be read, an initialisation that does not fit and an `out` that exists or
     cannot be written.
     """
@@ -59,7 +62,8 @@ def convert(
     with torch.device("meta"):
         model = HyloForCausalLM(config)
     layers = range(config.num_hidden_layers)
-    fits = {}
+    fits: dict[int, FitResult] = {}
+    ranks: list[LayerRanks] = []
     with complete_directory(out) as partial:
         writer = ShardWriter(partial, config.dtype, shard_bytes)
         writer.add("model.embed_tokens.weight", checkpoint["model.embed_tokens.weight"])
@@ -67,7 +71,9 @@ def convert(
             layers, samples_of(checkpoint, config, initialisation.sampled_by, layers), strict=True
         ):
             fit = _write_layer(writer, checkpoint, model, index, initialisation, sample, seed)
-            if fit is not None:
+            if isinstance(fit, LayerRanks):
+                ranks.append(fit)
+            elif fit is not None:
                 fits[index] = fit
             release_freed()
             if progress is not None:
@@ -77,6 +83,8 @@ def convert(
             writer.add("lm_head.weight", checkpoint["lm_head.weight"])
         writer.finish()
         config.save_pretrained(partial)
+        record = initialisation_record(plan, initialisation, seed, ranks, fits)
+        (partial / NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         copy_companions(base, partial)
     return fits
 
@@ -89,8 +97,8 @@ def _write_layer(
     initialisation: Initialisation,
     sample: LayerSample | None,
     seed: int,
-) -> FitResult | None:
-    """The base's norms and MLP as they are, and the mixer."""
+) -> LayerRanks | FitResult | None:
+    """The base's norms and MLP as they are, and the mixer. Returns how near it is to the attention, where known."""
     init = initialisation.init
     verbatim = model.config.mixers[index] == "attention" and init != "random"
     prefix = f"model.layers.{index}."
@@ -100,13 +108,15 @@ def _write_layer(
     if verbatim:
         return None
     layer = model.model.layers[index]
-    mixer, fit = fresh_mixer(model, index, seed), None
+    mixer = fresh_mixer(model, index, seed)
+    fit: LayerRanks | FitResult | None = None
     if init != "random":
         attention = checkpoint.attention(index)
         if isinstance(mixer, MultiHeadLatentAttention):
-            pairs = fill_mla(mixer, attention, init, initialisation.rope_key_for(model.config.base_model_type), sample)
+            mla = fill_mla(mixer, attention, init, initialisation.rope_key_for(model.config.base_model_type), sample)
+            fit = LayerRanks(index, mixer.rank, mla.kv_energy, model.config.q_lora_rank, mla.q_energy)
             if model.config.mla_inv_freq is not None:
-                model.config.mla_inv_freq[index] = base_frequencies(model.config)[0][pairs].tolist()
+                model.config.mla_inv_freq[index] = base_frequencies(model.config)[0][mla.pairs].tolist()
         else:
             device = compute_device()
             attention, sample = moved(attention, device), None if sample is None else moved(sample, device)

@@ -12,7 +12,15 @@ from hylo.convert.base import BaseCheckpoint, read_base
 from hylo.convert.calibration import samples_of
 from hylo.convert.config import planned_config
 from hylo.convert.linear_fit import FitResult
-from hylo.convert.mla import best_pairs, fold_key_norm, keys_and_values, rows_factored, split_rows
+from hylo.convert.mla import (
+    best_pairs,
+    fold_key_norm,
+    keys_and_values,
+    queries,
+    rows_factored,
+    shared_key,
+    split_rows,
+)
 from hylo.convert.svd import energy_kept, rank_for_energy, singular_values
 from hylo.errors import HyloError
 from hylo.layout import is_attention_like
@@ -145,9 +153,10 @@ def measure_ranks(
             base = fold_key_norm(base, sample, config.rms_norm_eps)
         init, rope = initialisation.init, config.qk_rope_head_dim
         pairs = best_pairs(base, rope, sample) if init == "pairs-best" else None
-        nope, _ = split_rows(config.head_dim, rope, init, pairs)
+        nope, rotated = split_rows(config.head_dim, rope, init, pairs)
+        *_, factor_HP = shared_key(base, rotated, initialisation.rope_key_for(config.base_model_type), sample)
         kv = singular_values(keys_and_values(base, rows_factored(config.head_dim, nope, init)), covariance)
-        q = singular_values(base.q.flatten(0, 1), covariance)
+        q = singular_values(queries(base, nope, rotated, factor_HP), covariance)
         limit = config.num_key_value_heads * (config.qk_nope_head_dim + config.v_head_dim)
         rank = config.kv_rank(index) if energy is None else min(rank_for_energy(kv, energy), limit)
         kept = energy_kept(kv, rank), energy_kept(q, config.q_lora_rank)

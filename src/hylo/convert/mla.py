@@ -14,17 +14,25 @@ All heads share one rotated key: the mean over the kv heads, or, pair by pair, t
 """
 
 from dataclasses import replace
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from hylo.convert.base import BaseAttention
 from hylo.convert.calibration import LayerSample
-from hylo.convert.svd import low_rank
+from hylo.convert.svd import energy_kept, low_rank
 from hylo.errors import HyloError
 from hylo.modeling.attention import RMSNorm, inverse_rms
 from hylo.modeling.mla import MultiHeadLatentAttention
+
+
+class MlaFit(NamedTuple):
+    """The base's pairs that stay rotated, (rope/2,), and the share of squared singular values that the ranks keep."""
+
+    pairs: Tensor
+    kv_energy: float
+    q_energy: float
 
 
 @torch.no_grad()
@@ -34,11 +42,11 @@ def fill_mla(
     init: str,
     rope_key: str = "mean",
     sample: LayerSample | None = None,
-) -> Tensor:
+) -> MlaFit:
     """Overwrites every parameter of `mixer` with what the base's attention gives (float32 arithmetic).
 
     `rope_key`: mean or pca. With a `sample`, ranks are cut where the layer's own inputs lose least, and a folded key
-    norm (which needs one) takes its scale from it. Returns the base's pairs that stay rotated, (rope/2,).
+    norm (which needs one) takes its scale from it.
     """
     if base.k_norm is not None and not mixer.normalises_keys:
         assert sample is not None
@@ -49,13 +57,13 @@ def fill_mla(
     covariance = None if sample is None else sample.covariance()
     key, key_bias, query_factor_HP = shared_key(base, rope, rope_key, sample)
 
-    q = torch.cat((base.q[:, nope], base.q[:, rope] * query_factor_HP[..., None]), dim=1)
-    up, down, _ = low_rank(q.flatten(0, 1), mixer.q_a_proj.out_features, covariance)
+    q_rank = mixer.q_a_proj.out_features
+    up, down, q_singular = low_rank(queries(base, nope, rope, query_factor_HP), q_rank, covariance)
     mixer.q_a_proj.weight.copy_(down)
     mixer.q_b_proj.weight.copy_(up)
 
     seen = rows_factored(base.q.shape[1], nope, init)
-    up, down, _ = low_rank(keys_and_values(base, seen), mixer.rank, covariance)
+    up, down, kv_singular = low_rank(keys_and_values(base, seen), mixer.rank, covariance)
     up_keys, up_values = up.unflatten(0, (len(base.k), -1)).split([len(seen), base.v.shape[1]], dim=1)
     mixer.kv_b_proj.weight.copy_(torch.cat((up_keys[:, : len(nope)], up_values), dim=1).flatten(0, 1))
     mixer.kv_a_proj_with_mqa.weight.copy_(torch.cat((down, key)))
@@ -70,7 +78,7 @@ def fill_mla(
         mixer.q_b_proj.bias.copy_(q_bias.flatten())
         mixer.kv_b_proj.bias.copy_(torch.cat((base.k_bias[:, nope], base.v_bias), dim=1).flatten())
         mixer.kv_a_proj_with_mqa.bias.copy_(torch.cat((torch.zeros(mixer.rank), key_bias)))
-    return rope[: mixer.rope // 2]
+    return MlaFit(rope[: mixer.rope // 2], energy_kept(kv_singular, mixer.rank), energy_kept(q_singular, q_rank))
 
 
 def split_rows(head_dim: int, rope: int, init: str, pairs: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -102,6 +110,11 @@ def rows_factored(head_dim: int, nope: Tensor, init: str) -> Tensor:
 def keys_and_values(base: BaseAttention, rows: Tensor) -> Tensor:
     """The matrix that the joint SVD factors: by kv head, the key's `rows` and the whole value."""
     return torch.cat((base.k[:, rows], base.v), dim=1).flatten(0, 1)
+
+
+def queries(base: BaseAttention, nope: Tensor, rope: Tensor, query_factor_HP: Tensor) -> Tensor:
+    """The matrix that the queries' SVD factors: by head, unrotated rows, then rotated ones times `shared_key`'s."""
+    return torch.cat((base.q[:, nope], base.q[:, rope] * query_factor_HP[..., None]), dim=1).flatten(0, 1)
 
 
 def best_pairs(base: BaseAttention, rope: int, sample: LayerSample | None) -> Tensor:

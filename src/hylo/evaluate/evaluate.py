@@ -1,6 +1,5 @@
-"""Evaluates model directories on the same rows: one result per model, as JSON keeps it."""
+"""Needle and intrinsic of several models on the same rows, as a run of `hylo upcycle` keeps them."""
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,21 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 from transformers import PreTrainedModel
 
-from hylo.data.retrieval import FactFormat, NeedleRow
-from hylo.errors import HyloError
+from hylo.data.retrieval import FactFormat
+from hylo.evaluate import intrinsic, needle
 from hylo.evaluate.forward import Scorer, Teacher
-from hylo.evaluate.needle import needle_rows, needle_score
-from hylo.evaluate.perplexity import text_rows, text_score
-from hylo.modeling.loading import load_model
-
-PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
+from hylo.evaluate.held_out import HeldOut
+from hylo.evaluate.intrinsic import check_vocabulary, intrinsic_identity, measure_intrinsic, plain_rows
+from hylo.evaluate.needle import NeedleSettings, measure_needle, needle_identity
+from hylo.evaluate.progress import Bar
+from hylo.evaluate.records import records
+from hylo.evaluate.rows import Done, InMemory, tokens_left
+from hylo.evaluate.subject import Subject
 
 
 @dataclass(frozen=True)
@@ -44,19 +42,25 @@ class Workload:
     seed: int = 0
 
     @cached_property
-    def rows(self) -> dict[int, tuple[list[NeedleRow], torch.Tensor]]:
-        """By length, the rows with needles and the rows of plain text (R, T). HyloError if a length does not fit."""
-        answers = self.answers * (self.needles if self.answers_per_bin else 1)
-        texts = text_rows(self.stream, self.lengths, self.tokens, self.seed)
-        return {
-            n: (needle_rows(self.stream, n, self.facts, answers, self.needles, self.seed), texts[n])
-            for n in self.lengths
-        }
+    def text(self) -> HeldOut:
+        return HeldOut(self.stream, self.facts)
+
+    @cached_property
+    def needle_rows(self) -> needle.Rows:
+        """Raises HyloError if a length or the text is too short."""
+        settings = NeedleSettings(tuple(self.lengths), self.needles, self.answers, self.answers_per_bin, self.seed)
+        return settings.rows(self.text)
+
+    @cached_property
+    def text_rows(self) -> intrinsic.Rows:
+        """Raises HyloError if a length or the text is too short."""
+        return plain_rows(self.text, tuple(self.lengths), self.tokens, self.seed)
 
     @property
     def tokens_read(self) -> int:
-        """Tokens that one model reads."""
-        return sum(len(needle) * length + text.numel() for length, (needle, text) in self.rows.items())
+        """Tokens that every model reads: all rows, and one a length to fill a cache; comparing mixers takes more."""
+        rows = sum(len(rows) * length for length, rows in self.needle_rows.items())
+        return rows + sum(rows.numel() for rows in self.text_rows.values()) + sum(self.lengths)
 
 
 def evaluate(
@@ -74,8 +78,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluates one model directory; the arguments are those of `Workload`, `precision` is "float32" or "bf16".
 
-    Returns {"needle", "needle_se", "needle_depth", "needle_answers", "kl", "perplexity", "tokens"}, each a dict from
-    length (a string, as in JSON) to a value, and "meta". "kl", KL(teacher || model) in nats a token, needs a teacher.
+    Returns what `evaluate_needle` and `evaluate_intrinsic` do, and "meta"; "not_run" says what could not be measured.
     Raises HyloError if a directory is unusable, the vocabularies differ, or the text or a length is too short.
     """
     work = Workload(lengths, stream, facts, answers, tokens, needles, answers_per_bin, seed)
@@ -85,31 +88,35 @@ def evaluate(
 def evaluate_models(
     models: Mapping[str, Path], teacher: Path | None, work: Workload, precision: str = "float32"
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Evaluates several directories, giving each result as it comes; the teacher reads each row once for all of them.
+    """Evaluates several directories, giving each result as it comes; rows that are recorded are not read again.
 
-    The teacher's own directory among the models gets no "kl". Shows progress on standard error.
+    The teacher reads each row once for all models; its own directory among them gets no "kl". Shows progress on
+    standard error.
     """
-    if precision not in PRECISIONS:
-        raise HyloError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    subjects = {name: Subject(name, directory, precision) for name, directory in models.items()}
+    _ = work.tokens_read  # before any model is loaded, so that bad lengths are found at once
+    guide = None if teacher is None else Teacher(Subject("teacher", teacher, precision))
+    with Bar() as bar:
+        for name, subject in subjects.items():
+            result = _recorded(subject, guide, work, bar)
+            subject.release()
+            yield name, result
 
-    def load(directory: Path) -> PreTrainedModel:
-        return load_model(directory, PRECISIONS[precision], device)
 
-    total = work.tokens_read * len(models)  # before any model is loaded, so that bad lengths are found at once
-    guide = None if teacher is None else Teacher(load(teacher))
-    with _progress() as progress:
-        task = progress.add_task("", total=total)
-        for name, directory in models.items():
-            progress.update(task, description=name)
-            is_teacher = teacher is not None and directory.resolve() == teacher.resolve()
-            model = guide.model if is_teacher and guide else load(directory)
-            yield (
-                name,
-                evaluate_model(
-                    model, None if is_teacher else guide, work, lambda tokens: progress.advance(task, tokens)
-                ),
-            )
+def _recorded(subject: Subject, guide: Teacher | None, work: Workload, bar: Bar) -> dict[str, Any]:
+    student, teacher = Scorer(subject), guide
+    if guide is not None and guide.hash == subject.hash:
+        student, teacher = guide, None
+    needle_key = needle_identity(subject, work.text, work.needles, work.seed)
+    intrinsic_key = intrinsic_identity(subject, work.text, tuple(work.lengths), work.seed, teacher)
+    with (
+        records(subject.hash, "needle", needle_key) as needles,
+        records(subject.hash, "intrinsic", intrinsic_key) as intrinsics,
+    ):
+        left = tokens_left(needle.row_sets(work.needle_rows), needles)
+        left += tokens_left(intrinsic.row_sets(work.text_rows, student, teacher), intrinsics)
+        bar.begin(f"evaluate {subject.name}", left)
+        return _measure(student, teacher, work, needles, intrinsics, bar.advance)
 
 
 def evaluate_model(
@@ -122,41 +129,32 @@ def evaluate_model(
     student = Scorer(model)
     if isinstance(teacher, PreTrainedModel):
         teacher = Teacher(teacher)
-    if teacher is not None and teacher.vocabulary != student.vocabulary:
-        raise HyloError(
-            f"the teacher's vocabulary has {teacher.vocabulary} tokens and the model's {student.vocabulary}; "
-            "choose a teacher of the same family"
-        )
-    began = time.perf_counter()
-    result: dict[str, Any] = {
-        key: {} for key in ("needle", "needle_se", "needle_depth", "needle_answers", "kl", "perplexity", "tokens")
-    }
-    for length, (haystacks, texts) in work.rows.items():
-        needle = needle_score(student, haystacks)
-        advance(len(haystacks) * length)
-        text = text_score(student, texts, teacher)
-        advance(text.tokens)
-        key = str(length)
-        result["needle"][key] = needle.accuracy
-        result["needle_se"][key] = needle.standard_error
-        result["needle_depth"][key] = needle.by_depth
-        result["needle_answers"][key] = needle.answers
-        result["perplexity"][key] = text.perplexity
-        result["tokens"][key] = text.tokens
-        if text.kl is not None:
-            result["kl"][key] = text.kl
-    if teacher is None:
-        del result["kl"]
-    result["meta"] = {
+    return _measure(student, teacher, work, InMemory(), InMemory(), advance)
+
+
+def _measure(
+    student: Scorer,
+    teacher: Teacher | None,
+    work: Workload,
+    needles: Done,
+    intrinsics: Done,
+    advance: Callable[[int], None],
+) -> dict[str, Any]:
+    if teacher is not None:
+        check_vocabulary(student, teacher)
+    recall = measure_needle(student, work.needle_rows, needles, advance)
+    worth, not_run = measure_intrinsic(student, work.text_rows, teacher, intrinsics, advance)
+    seconds = recall.pop("seconds") + worth.pop("seconds")
+    meta = {
         "seed": work.seed,
         "needles_per_row": work.needles,
-        "precision": str(model.dtype).removeprefix("torch."),
+        "precision": str(student.dtype).removeprefix("torch."),
         "device": student.device.type,
-        "supported_length": model.config.max_position_embeddings,
-        "seconds": round(time.perf_counter() - began, 2),
+        "supported_length": student.config.max_position_embeddings,
+        "seconds": round(seconds, 2),
         "versions": {package: version(package) for package in ("hylo", "torch", "transformers")},
     }
-    return result
+    return recall | worth | ({"not_run": not_run} if not_run else {}) | {"meta": meta}
 
 
 def print_results(results: Mapping[str, dict[str, Any]], console: Console | None = None) -> None:
@@ -182,15 +180,3 @@ def print_results(results: Mapping[str, dict[str, Any]], console: Console | None
             table.add_row("  " + name, *cells)
         table.add_section()
     (console or Console()).print(table)
-
-
-class _Throughput(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed or 0:,.0f} tokens/s")
-
-
-def _progress() -> Progress:
-    """A bar with throughput and time left on standard error, nothing where that is no terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("evaluate {task.description}"), BarColumn(), _Throughput(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

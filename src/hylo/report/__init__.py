@@ -1,5 +1,5 @@
-"""The report of a run: report.json, one self-contained report.html, and its figures as PNG files."""
+"""The report of a run, or of any results: report.json, one self-contained report.html, figures as PNG and SVG files."""
 
-from hylo.report.report import read_metrics, write_report
+from hylo.report.report import read_metrics, report_of, write_report
 
-__all__ = ["read_metrics", "write_report"]
+__all__ = ["read_metrics", "report_of", "write_report"]

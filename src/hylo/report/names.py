@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -40,6 +40,19 @@ MIXERS = {
     "mamba2": Look("Mamba-2", "#009E73"),
 }
 LETTERS = {"attention": "A", "mla": "MLA", "gated_deltanet": "GDN", "mamba2": "M2"}
+ROLES = {
+    "teacher": Look("", "#1a1a1a", "s", "--"),
+    "base": Look("", "#7a7a7a", "D", "--"),
+    "hybrid": Look("", "#0072B2", "o"),
+}
+BASELINES = (
+    Look("", "#D55E00", "X", ":"),
+    Look("", "#CC79A7", "P", ":"),
+    Look("", "#009E73", "^", "-."),
+    Look("", "#E69F00", "v", "-."),
+    Look("", "#56B4E9", "h", ":"),
+    Look("", "#7F3C8D", "<", "-."),
+)
 SPARE = ("#009E73", "#B8A800", "#7F3C8D", "#6B4C2A")
 
 
@@ -48,6 +61,23 @@ def stage_look(name: str) -> Look:
     known = STAGES.get("extended" if name == "extend" else name)
     label = name.replace("_", " ").capitalize() if name != "dpo" else "DPO"
     return known or Look(label, SPARE[sum(map(ord, name)) % len(SPARE)], "h", "-.")
+
+
+def looks(report: Mapping[str, Any]) -> dict[str, Look]:
+    """How each model of a report is called and drawn: by its stage, else its role; baselines each in a colour apart."""
+    found: dict[str, Look] = {}
+    taken: set[str] = set()
+    for name, about in report["models"].items():
+        usual = STAGES.get(name) or ROLES.get(about["role"])
+        if usual and usual.colour not in taken:
+            found[name] = replace(usual, label=usual.label or name)
+            taken.add(usual.colour)
+    for name in report["models"]:
+        if name not in found:
+            spare = next((look for look in BASELINES if look.colour not in taken), stage_look(name))
+            found[name] = replace(spare, label=name)
+            taken.add(spare.colour)
+    return {name: found[name] for name in report["models"]}
 
 
 def amount(value: Any) -> str:

@@ -1,80 +1,80 @@
 """The report as one HTML page that needs nothing from anywhere: text, tables, and figures as inline SVG."""
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from hylo.report.names import LETTERS, MEANING, MIXERS, amount, count, in_bytes, metric, short_length, stage_look
+from hylo.report import origin, tables
+from hylo.report.collect import completed
+from hylo.report.drawing import FIGURE_CSS
+from hylo.report.measures import Measure, measures
+from hylo.report.missing import missing_figures
+from hylo.report.names import LETTERS, MIXERS, count, in_bytes, looks, short_length
 from hylo.report.style import STYLE
+from hylo.report.tables import by_length, shown_as, swatch, table, together
+from hylo.report.verdict import verdict
 
 Report = Mapping[str, Any]
+Figures = Mapping[str, str]
+
+CAPTIONS = {
+    "short_long": "A short-context score against mean RULER, by length: up and to the right is better. Bars are "
+    "one standard error.",
+    "lengths": "Needle accuracy (higher is better), KL divergence from the teacher and perplexity (lower is better), "
+    "by context length. Bars are one standard error.",
+    "depth": "Share of needles recalled, by context length and by the needle's depth: 0&nbsp;% is the start of the "
+    "context, 100&nbsp;% the end, where the question is asked.",
+    "positions": "Perplexity and KL to the teacher by position in the context.",
+    "training_length": "The long-context score against the length trained at, with and without YaRN. Bars are one "
+    "standard error.",
+    "teacher_size": "The long-context score against the size of the teacher; 0 is training without one. Bars are one "
+    "standard error.",
+    "latency": "Time to first token and time per output token by context length; a cross: out of memory.",
+    "plan": "Every layer keeps the base's MLP and norms; its token mixer is the coloured part. What a layer "
+    "remembers: MLA a small latent for every token, the linear mixers a state that does not grow, attention keys and "
+    "values.",
+    "initialisation": "How an MLA layer's weights come from the base's, and the share of their energy (squared "
+    "singular values) that the ranks keep, layer by layer.",
+    "training": "Loss against tokens. Alignment: distance of layer outputs and mixer outputs from the teacher's, "
+    "summed over layers. Extension: forward KL to the teacher.",
+}
 
 
-def page(report: Report, figures: Mapping[str, str]) -> str:
-    """The page of a report (keys: see write_report); `figures` are SVG elements by name."""
+def page(report: Report, figures: Figures) -> str:
+    """The page of a report (keys: hylo.report.collect); `figures` are SVG elements by name."""
+    report = completed(dict(report))
     sections = [
         _summary(report),
+        _section("What got better, what got worse", _verdict(report)),
         _checks(report),
-        _section(
-            "By context length",
-            _figure(
-                figures, "lengths", "Needle accuracy (higher is better; bars are one standard error), KL divergence "
-                "from the teacher and perplexity (lower is better), by context length." + _training_lengths(report),
-            ),
-        ),
+        _section("Short context and long", _figure(figures, "short_long")),
+        _section("RULER", _ruler(report)),
+        _section("Commonsense and GSM8K", _legend(tables.commonsense_table(report))),
+        _section("By context length", _figure(figures, "lengths", _training_lengths(report)) + _lengths(report)),
+        _section("Where in the context", _where(report, figures)),
+        _section("Inside the model", together(tables.mixer_table(report), tables.memory_table(report))),
+        _section("Training length", _figure(figures, "training_length")),
+        _section("The teacher's size", _figure(figures, "teacher_size")),
+        _section("Latency", _latency(report, figures)),
         _plan(report, figures),
-        _section(
-            "Where in the context",
-            _figure(
-                figures, "depth", "Share of needles recalled, by context length and by the needle's depth: 0&nbsp;% is "
-                "the start of the context, 100&nbsp;% the end, where the question is asked.",
-            ),
-        ),
-        _section(
-            "Training",
-            _figure(
-                figures, "training", "Loss against tokens. Alignment: distance of layer outputs and mixer outputs from "
-                "the teacher's, summed over layers. Extension: forward KL to the teacher.",
-            ),
-        ),
-        _tables(report),
-        _origin(report),
-    ]  # fmt: skip
+        _section("Training", _figure(figures, "training") + tables.stages_table(report)),
+        _section("Beside published results", _published(report)),
+        _section("Not run, not drawn", _left_out(report)),
+        _section("How it was measured", origin.origin(report)),
+    ]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(report['title'])}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{escape(report['title'])}</title>\n<style>{FIGURE_CSS}{STYLE}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(section for section in sections if section)
         + "\n</main>\n</body>\n</html>\n"
     )
 
 
 def _summary(report: Report) -> str:
-    plan, long = report.get("plan", {}), report.get("l_long") or max(report["lengths"])
-    stages = {stage["name"]: stage for stage in report["stages"]}
-    final = stages.get("extended") or next((s for s in reversed(report["stages"]) if s["name"] != "teacher"), None)
-
-    def at_long(stage: Mapping[str, Any] | None, name: str) -> float | None:
-        return metric(stage, name).get(str(long)) if stage else None
-
-    def others(name: str, show: Any, *names: str) -> str:
-        parts = [(stage_look(n).label.lower(), at_long(stages.get(n), name)) for n in names]
-        return "\n".join(f"{label} {show(value)}" for label, value in parts if value is not None)
-
-    cards = []
-    if (share := report.get("kv_percent_of_base")) is not None:
-        detail = "of the base's"
-        if "kv_bytes_per_token" in plan:
-            detail += f"\n{plan['kv_bytes_per_token']:,} of {plan['base_kv_bytes_per_token']:,} bytes/token"
-        cards.append(("KV cache", f"{share:.3g} %", detail))
-    for title, name, show, beside in (
-        ("Needles", "needle", _percent, ("teacher", "control")),
-        ("KL to teacher", "kl", amount, ("aligned", "control")),
-        ("Perplexity", "perplexity", _two, ("teacher", "control")),
-    ):
-        if (value := at_long(final, name)) is not None:
-            cards.append((f"{title} at {short_length(long)}", show(value), others(name, show, *beside)))
+    cards = [card for card in (_cache_card(report), *map(lambda m: _card(report, m), measures(report))) if card]
+    plan = report.get("plan") or {}
     if "parameters" in plan:
         cards.append(("Parameters", count(plan["parameters"]), f"base {count(plan['base_parameters'])}"))
     tiles = "".join(
@@ -82,15 +82,60 @@ def _summary(report: Report) -> str:
         f'<dd class="detail">{escape(detail)}</dd></div>'
         for title, value, detail in cards
     )
-    checks = report.get("checks") or []
+    checks = report["checks"]
     passed = sum(bool(check["passed"]) for check in checks)
-    verdict = ""
+    badge = ""
     if checks:
         kind = "pass" if passed == len(checks) else "fail"
-        verdict = f'<a class="badge {kind}" href="#checks">{passed} of {len(checks)} checks passed</a>'
+        badge = f'<a class="badge {kind}" href="#checks">{passed} of {len(checks)} checks passed</a>'
     layout = f" as <b>{escape(report['layout'])}</b>" if report.get("layout") else ""
-    base = f"<b>{escape(str(report['base']))}</b>{layout}" if report.get("base") else ""
-    return f'<header><h1>{escape(report["title"])}</h1><p>{base} {verdict}</p></header><dl class="cards">{tiles}</dl>'
+    base = f"<b>{escape(str(report['base']))}</b>{layout}" if report.get("base") else layout.removeprefix(" as ")
+    return f'<header><h1>{escape(report["title"])}</h1><p>{base} {badge}</p></header><dl class="cards">{tiles}</dl>'
+
+
+def _cache_card(report: Report) -> tuple[str, str, str] | None:
+    plan = report.get("plan") or {}
+    if (share := report.get("kv_percent_of_base")) is None:
+        return None
+    detail = "of the base's"
+    if "kv_bytes_per_token" in plan:
+        detail += f"\n{plan['kv_bytes_per_token']:,} of {plan['base_kv_bytes_per_token']:,} bytes/token"
+    return "KV cache", f"{share:.3g} %", detail
+
+
+def _card(report: Report, measure: Measure) -> tuple[str, str, str] | None:
+    """The hybrid's score at the longest length that it has, and beside it the others'."""
+    own = measure.cells.get(report["hybrid"])
+    if not own:
+        return None
+    key = max(own, key=lambda key: int(key or 0))
+    show, unit = shown_as(measure), "\u00a0%" if measure.unit == "%" else ""
+    beside = []
+    for name, look in looks(report).items():
+        found = measure.cells.get(name, {}).get(key)
+        if found is not None and report["models"][name]["role"] in ("teacher", "base", "baseline"):
+            beside.append(f"{look.label} {show(found.value)}{unit}")
+    where = f" at {short_length(int(key))}" if key else ""
+    title = measure.title[0].upper() + measure.title[1:] + where
+    return title, f"{show(own[key].value)}{unit}", "\n".join(beside[:3])
+
+
+def _verdict(report: Report) -> str:
+    found = verdict(report)
+    if not found["paragraph"]:
+        return ""
+    details = ""
+    for other in found["details"]:
+        lines = [
+            f"<li><b>{escape(line['verdict'][0].upper() + line['verdict'][1:])}</b>: {escape(line['text'])}</li>"
+            for line in other["lines"]
+        ]
+        details += f"<h3>Against {escape(other['against'])}</h3><ul>{''.join(lines)}</ul>"
+    how = (
+        '<p class="note">± is half of the 95&nbsp;% confidence interval. Better and worse are said only of differences '
+        "of more than two standard errors.</p>"
+    )
+    return f'<p class="lead">{escape(found["paragraph"])}</p>' + (details and details + how)
 
 
 def _checks(report: Report) -> str:
@@ -100,15 +145,48 @@ def _checks(report: Report) -> str:
             escape(str(check["name"])),
             *(escape(f"{v:.3g}" if isinstance(v, float) else str(v)) for v in (check["value"], check["threshold"])),
         ]
-        for check in report.get("checks") or []
+        for check in report["checks"]
     ]
     if not rows:
         return ""
-    return _section("Checks", _table(["", "What", "Measured", "Required"], rows, text_columns=2), "checks")
+    return _section("Checks", table(["", "What", "Measured", "Required"], rows, text_columns=2), "checks")
 
 
-def _plan(report: Report, figures: Mapping[str, str]) -> str:
-    plan = report.get("plan", {})
+def _ruler(report: Report) -> str:
+    body = tables.ruler_tables(report)
+    haystack = str(report["suites"].get("ruler", {}).get("settings", {}).get("haystack") or "")
+    if body and haystack.startswith("stand-in"):
+        body = (
+            f'<p class="note">Haystack of the essay tasks: {escape(haystack)}, not the benchmark\'s essays. These '
+            "scores are not to be held against published ones.</p>" + body
+        )
+    return _legend(body)
+
+
+def _legend(body: str) -> str:
+    return body and f'{body}<p class="note">± is half of the 95&nbsp;% confidence interval.</p>'
+
+
+def _lengths(report: Report) -> str:
+    titles = ("needle accuracy", "KL to the teacher", "perplexity")
+    return _legend(together(*(by_length(report, title) for title in titles)))
+
+
+def _where(report: Report, figures: Figures) -> str:
+    return _figure(figures, "depth") + _figure(figures, "positions") + _legend(tables.position_tables(report))
+
+
+def _latency(report: Report, figures: Figures) -> str:
+    body = "".join(_figure(figures, name) for name in figures if name.startswith("latency"))
+    for bench in report["latency"]:
+        how = {"serve": "vLLM's engine", "generate": "transformers"}[bench["kind"]]
+        body += f'<p class="note">Through {how}, on {escape(str(bench.get("device", "")))}.</p>'
+        body += tables.latency_tables(bench)
+    return body
+
+
+def _plan(report: Report, figures: Figures) -> str:
+    plan = report.get("plan") or {}
     layers = plan.get("layers")
     if not layers:
         return ""
@@ -120,7 +198,7 @@ def _plan(report: Report, figures: Mapping[str, str]) -> str:
             name = look.label if look.label == LETTERS[kind] else f"{look.label} ({LETTERS[kind]})"
             rows.append(
                 [
-                    f'<span class="swatch" style="background:{look.colour}"></span>{name}',
+                    f"{swatch(look.colour)}{name}",
                     _ranges([layer["index"] for layer in of_kind]),
                     f"{len(of_kind)}",
                     f"{one.get('mixer_parameters', one['parameters']):,}",
@@ -135,64 +213,38 @@ def _plan(report: Report, figures: Mapping[str, str]) -> str:
             _optional(plan.get(key + "kv_bytes_per_token")),
             _optional(plan.get(key + "state_bytes_per_sequence")),
         ]
-    caption = (
-        "Every layer keeps the base's MLP and norms; its token mixer is the coloured part. What a layer remembers: "
-        "MLA a small latent for every token, the linear mixers a state that does not grow, attention keys and values."
-    )
     memory = ""
     if (long := report.get("l_long")) and "kv_bytes_per_token" in plan:
         state = plan.get("state_bytes_per_sequence", 0)
         memory = (
-            f"<p>One sequence of {long:,} tokens takes {in_bytes(plan['kv_bytes_per_token'] * long)} of cache and "
-            f"{in_bytes(state)} of state, against the base's {in_bytes(plan['base_kv_bytes_per_token'] * long)}.</p>"
+            f"<p>By the plan, one sequence of {long:,} tokens takes {in_bytes(plan['kv_bytes_per_token'] * long)} of "
+            f"cache and {in_bytes(state)} of state, against the base's "
+            f"{in_bytes(plan['base_kv_bytes_per_token'] * long)}.</p>"
         )
-    return _section("The plan", _figure(figures, "plan", caption) + _table(heads, rows, text_columns=2) + memory)
+    drawn = _figure(figures, "plan") + table(heads, rows, text_columns=2) + memory
+    return _section("The plan", drawn + _figure(figures, "initialisation"))
 
 
-def _tables(report: Report) -> str:
-    heads = ["Stage"] + [short_length(n) for n in report["lengths"]]
+def _published(report: Report) -> str:
+    body = tables.published_table(report)
+    sources = list(dict.fromkeys(row["source"] for row in report["published"] if row.get("source")))
+    note = f"Rows marked <i>quoted</i> are {escape(', '.join(sources))}; they were not measured here."
+    return body and f'{body}<p class="note">{note}</p>'
 
-    def table(title: str, name: str, show: Any) -> str:
-        rows = []
-        for stage in report["stages"]:
-            values, errors = metric(stage, name), metric(stage, f"{name}_se")
-            if values:
-                cells = []
-                for length in map(str, report["lengths"]):
-                    spread = f" <small>± {100 * errors[length]:.1f}</small>" if errors.get(length) else ""
-                    cells.append(show(values[length]) + spread if length in values else "–")
-                rows.append([_stage_name(stage["name"])] + cells)
-        return f"<div><h3>{title}</h3>{_table(heads, rows, text_columns=1)}</div>" if rows else ""
 
-    tables = (
-        table("Needle accuracy (%, ± standard error)", "needle", lambda x: f"{100 * x:.1f}")
-        + table("KL to the teacher (nats per token)", "kl", amount)
-        + table("Perplexity on held-out text", "perplexity", _two)
-    )
+def _left_out(report: Report) -> str:
+    """Tasks that were not run, and figures without data with the command that makes them."""
     rows = [
-        [_stage_name(stage["name"]), escape(MEANING.get(stage["name"], ""))]
-        + [f"{stage[key]:,.0f}" if stage.get(key) is not None else "–" for key in ("tokens", "seconds")]
-        for stage in report["stages"]
+        [escape(suite), escape(what), escape(why)]
+        for suite, part in report["suites"].items()
+        for what, why in (part.get("not_run") or {}).items()
     ]
-    heads_of_stages = ["Stage", "What it is", "Tokens trained on", "Seconds"]
-    if not any(stage.get("tokens") or stage.get("seconds") for stage in report["stages"]):
-        heads_of_stages, rows = heads_of_stages[:2], [row[:2] for row in rows]
-    stages = f"<div><h3>Stages</h3>{_table(heads_of_stages, rows, text_columns=2)}</div>" if rows else ""
-    return _section("All figures", f'<div class="tables">{tables}{stages}</div>') if tables else ""
-
-
-def _origin(report: Report) -> str:
-    rows = [[escape(key), escape(value)] for key, value in _flat(report.get("meta") or {})]
-    return _section("How it was measured", _table([], rows, text_columns=2)) if rows else ""
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    for key, value in values.items():
-        name = prefix + str(key).replace("_", " ")
-        if isinstance(value, Mapping):
-            yield from _flat(value, name + ": ")
-        else:
-            yield name, f"{value:,}" if isinstance(value, int) and abs(value) >= 10_000 else str(value)
+    body = table(["Suite", "Not run", "Why"], rows, text_columns=3) if rows else ""
+    drawn = [
+        [escape(missing.figure), escape(missing.why), f"<code>{escape(missing.command)}</code>"]
+        for missing in missing_figures(report)
+    ]
+    return body + (table(["Figure not drawn", "Why", "What makes it"], drawn, text_columns=3) if drawn else "")
 
 
 def _training_lengths(report: Report) -> str:
@@ -206,29 +258,12 @@ def _section(title: str, body: str, name: str = "") -> str:
     return f"<section{anchor}><h2>{title}</h2>{body}</section>" if body else ""
 
 
-def _figure(figures: Mapping[str, str], name: str, caption: str) -> str:
+def _figure(figures: Figures, name: str, more: str = "") -> str:
     if name not in figures:
         return ""
-    drawing, legend = figures[name], f'<figcaption id="caption-{name}">{caption}</figcaption>'
-    return f'<figure><div class="scroll">{drawing}</div>{legend}</figure>'
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int) -> str:
-    """Cells are HTML; the first `text_columns` are aligned left, numbers right."""
-
-    def cell(tag: str, i: int, text: str) -> str:
-        kind = "" if i < text_columns else ' class="n"'
-        return f"<{tag}{kind}>{text}</{tag}>"
-
-    head = "".join(cell("th", i, text) for i, text in enumerate(heads))
-    body = "".join("<tr>" + "".join(cell("td", i, text) for i, text in enumerate(row)) + "</tr>" for row in rows)
-    top = f"<thead><tr>{head}</tr></thead>" if heads else ""
-    return f'<div class="scroll"><table>{top}<tbody>{body}</tbody></table></div>'
-
-
-def _stage_name(name: str) -> str:
-    look = stage_look(name)
-    return f'<span class="swatch" style="background:{look.colour}"></span>{escape(look.label)}'
+    caption = CAPTIONS[name if name in CAPTIONS else name.partition("_")[0]]
+    legend = f'<figcaption id="caption-{name}">{caption}{more}</figcaption>'
+    return f'<figure><div class="scroll">{figures[name]}</div>{legend}</figure>'
 
 
 def _ranges(indices: Sequence[int]) -> str:
@@ -244,11 +279,3 @@ def _ranges(indices: Sequence[int]) -> str:
 
 def _optional(value: int | None) -> str:
     return f"{value:,}" if value else "–"
-
-
-def _two(value: float) -> str:
-    return f"{value:,.2f}" if math.isfinite(value) else amount(value)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
