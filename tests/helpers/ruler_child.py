@@ -1,4 +1,4 @@
-"""Evaluates a model on two tasks of RULER and is killed once so many samples are answered: `ruler_child.py DIR COUNT`."""
+"""Evaluates a model on two tasks of RULER and is killed after so many answers: `ruler_child.py DIR COUNT`."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from hylo.evaluate.records import Records
 from hylo.evaluate.ruler_suite import RulerSettings, evaluate_ruler
 from hylo.evaluate.subject import Subject
 
-SETTINGS = RulerSettings([384, 448], ["niah_single_1", "vt"], samples=4)
+SETTINGS = RulerSettings([1280, 1536], ["niah_single_1", "vt"], samples=4)
 
 
 def main(directory: str, count: int) -> None:

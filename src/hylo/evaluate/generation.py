@@ -172,7 +172,7 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> s
 
 
 def _similar(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
-    """Numbers of prompts in groups of similar length, the longest first; in a group, those that begin alike in a row."""
+    """Numbers of prompts by similar length, the longest first; in a group, those that begin alike are neighbours."""
     waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids))
     while waiting:
         least = SIMILAR * len(prompts[waiting[0]].ids)
