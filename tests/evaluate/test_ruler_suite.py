@@ -232,7 +232,7 @@ def test_a_served_model_answers_too(subject: Subject, base: Path) -> None:
     def answer(ids: list[int], tokens: int) -> str:
         return subject.tokenizer.decode(run.answers([Prompt(ids, tokens)])[0], skip_special_tokens=True)
 
-    with completions_server(answer) as server:
+    with completions_server(answer, context=2048) as server:
         served = Served("served", server.address, base)
         assert evaluate_ruler(served, settings, CountingBar()) == (expected, {})
         assert len(server.asked) == 8

@@ -158,13 +158,18 @@ def test_one_table() -> None:
     assert ["hybrid", "12.35 (0.50)"] in cells or ["hybrid", "12.34 (0.50)"] in cells
     assert ["hybrid", "0.1000"] in cells and ["teacher", "1.00"] in cells
     assert "not run: ruler, qa_1: no SQuAD" in shown
+    narrow = printed(result, 60)
+    assert "…" not in narrow and max(map(len, narrow.splitlines()[:-2])) <= 60
+    cells = [re.split(r"  +", line.strip()) for line in narrow.splitlines()]
+    assert ["short", "512"] in cells and ["1,024", "8,192"] in cells
+    assert ["hybrid", "25.0 (0.0)"] in cells and ["hybrid", "50.0 (12.5)"] in cells
     del result["published"]
     assert "quoted" not in printed(result)
 
 
-def printed(result: dict[str, Any]) -> str:
+def printed(result: dict[str, Any], width: int = 200) -> str:
     out = io.StringIO()
-    print_table(result, Console(file=out, width=200))
+    print_table(result, Console(file=out, width=width))
     return out.getvalue()
 
 

@@ -1,5 +1,6 @@
 """A served model is asked with token ids, several at once, and what can go wrong with it is said by name."""
 
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,18 @@ def test_the_server_says_its_context(tiny_base: Path) -> None:
 def test_another_served_model_has_another_hash(tiny_base: Path) -> None:
     with completions_server(echo, models=("one", "two")) as server:
         hashes = {Served("tiny", server.address, tiny_base, model).hash for model in ("one", "two", "one")}
+    assert len(hashes) == 2
+
+
+def test_a_served_directory_with_other_weights_has_another_hash(tiny_base: Path, tmp_path: Path) -> None:
+    """As of a server that was started again after more training."""
+    shutil.copytree(tiny_base, tmp_path / "served")
+    weights, hashes = tmp_path / "served" / "model.safetensors", set()
+    for _ in range(2):
+        served = Served("tiny", "http://127.0.0.1:1", tiny_base)
+        vars(served)["card"] = {"id": "tiny", "root": str(tmp_path / "served")}
+        hashes.add(served.hash)
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     assert len(hashes) == 2
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from hylo.checkpoint import read_tokenizer
+from hylo.checkpoint import model_hash, read_tokenizer
 from hylo.errors import HyloError
 from hylo.evaluate.generation import Prompt
 
@@ -71,8 +71,10 @@ class Served:
 
     @cached_property
     def hash(self) -> str:
-        """Of what the server says the model is, and of the tokenizer: the weights are out of sight."""
-        said = [self.url, self.card["id"], self.card.get("root"), self.tokenizer.get_vocab()]
+        """Of what the server says the model is, of the tokenizer, and of the weights where they lie on this machine."""
+        root = self.card.get("root")
+        weights = model_hash(Path(root)) if root and (Path(root) / "config.json").is_file() else None
+        said = [self.url, self.card["id"], root, weights, self.tokenizer.get_vocab()]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     def check_context(self, lengths: list[int], what: str) -> None:

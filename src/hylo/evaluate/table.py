@@ -1,13 +1,15 @@
 """One table of all results: a section a score, in it a line a model, a column a length; quoted rows beside them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+GAP = 3  # blanks between columns
 Cells = dict[str, tuple[float, float | None]]  # by length, or "" for what has none: score and standard error
+Section = tuple[str, list[tuple[str, Cells, bool]], Callable[[float], str]]
 
 
 def print_table(result: Mapping[str, Any], console: Console) -> None:
@@ -15,17 +17,8 @@ def print_table(result: Mapping[str, Any], console: Console) -> None:
     sections = list(sections_of(result))
     lengths = sorted({int(key) for _, lines, _ in sections for _, cells, _ in lines for key in cells if key})
     short = any("" in cells for _, lines, _ in sections for _, cells, _ in lines)
-    columns = ([""] if short else []) + [str(length) for length in lengths]
-    table = Table("", *["short" if key == "" else f"{int(key):,}" for key in columns], box=SIMPLE_HEAD, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify, column.no_wrap = "right", True
-    for title, lines, show in sections:
-        table.add_row(f"[bold]{title}[/]")
-        for name, cells, quoted in lines:
-            texts = [_cell(cells[key], show) if key in cells else "" for key in columns]
-            table.add_row(f"  [italic]{name} (quoted)[/]" if quoted else f"  {name}", *texts)
-        table.add_section()
-    console.print(table)
+    for columns in _fitting(sections, ([""] if short else []) + [str(length) for length in lengths], console.width):
+        console.print(_table(sections, columns))
     console.print("in brackets: standard errors")
     if (haystack := suite_setting(result, "ruler", "haystack")) not in (None, "essays"):
         console.print(f"RULER's essays: {haystack}", highlight=False)
@@ -34,7 +27,42 @@ def print_table(result: Mapping[str, Any], console: Console) -> None:
             console.print(f"not run: {suite}, {what}: {reason}", highlight=False, soft_wrap=True)
 
 
-Section = tuple[str, list[tuple[str, Cells, bool]], Callable[[float], str]]
+def _table(sections: Sequence[Section], columns: Sequence[str]) -> Table:
+    """The scores that have one of these columns."""
+    table = Table("", *["short" if key == "" else f"{int(key):,}" for key in columns], box=SIMPLE_HEAD, pad_edge=False)
+    for column in table.columns:
+        column.no_wrap = True
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for title, lines, show in sections:
+        if not (here := [line for line in lines if set(columns) & line[1].keys()]):
+            continue
+        table.add_row(f"[bold]{title}[/]")
+        for name, cells, quoted in here:
+            texts = [_cell(cells[key], show) if key in cells else "" for key in columns]
+            table.add_row(f"  [italic]{name} (quoted)[/]" if quoted else f"  {name}", *texts)
+        table.add_section()
+    return table
+
+
+def _fitting(sections: Sequence[Section], columns: Sequence[str], width: int) -> Iterator[list[str]]:
+    """Columns by as many as fit beside each other, one at least."""
+    names = [len(title) for title, _, _ in sections]
+    names += [
+        len(f"  {name} (quoted)" if quoted else f"  {name}") for _, lines, _ in sections for name, _, quoted in lines
+    ]
+    here: list[str] = []
+    left = room = width - max(names, default=0) - GAP
+    for column in columns:
+        cells = [_cell(cells[column], show) for _, lines, show in sections for _, cells, _ in lines if column in cells]
+        taken = GAP + max(len(text) for text in (*cells, f"{column:>9}"))
+        if here and taken > left:
+            yield here
+            here, left = [], room
+        here.append(column)
+        left -= taken
+    if here:
+        yield here
 
 
 def sections_of(result: Mapping[str, Any]) -> Iterator[Section]:
