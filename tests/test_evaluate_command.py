@@ -34,6 +34,8 @@ def test_several_models_one_table_one_file_one_page(
     first = json.loads(results.read_text())
     assert list(first["models"]) == ["base", "hybrid"] and first["models"]["hybrid"]["layout"] == "1MLA2GDN"
     assert set(first["suites"]) == {"needle", "intrinsic"} and first["meta"]["versions"]["hylo"]
+    hashes = {part["text_hash"] for name in first["suites"] for part in first["suites"][name]["results"].values()}
+    assert [len(digest) for digest in hashes] == [64]
     inside = first["suites"]["intrinsic"]["results"]["hybrid"]
     assert len(inside["mixer_error"]) == 3 and inside["memory"]["256"]["cache_bytes_per_token"] > 0
     assert len(first["suites"]["needle"]["results"]["hybrid"]["needle_depth"]["128"]) == 2

@@ -142,6 +142,14 @@ def test_what_prompts_share_is_computed_once(monkeypatch: pytest.MonkeyPatch) ->
     assert tree.ids_BN[0].tolist() == [1] * 12 + [0] * 2 + [2] * 8  # padding where it leaves the others
 
 
+def test_prompts_that_are_one_keep_their_last_token(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though they agree to a multiple of the step: padding stands before it, where another row is longer."""
+    monkeypatch.setattr(prefixes, "STEP", 4)
+    tokens = some_prompts()[0].ids
+    prompts = [Prompt(tokens[:48], 5), Prompt(tokens[:48], 5), Prompt(tokens[:51], 5)]
+    assert dict(generator(llama).generate(prompts)) == {i: alone(llama, prompt) for i, prompt in enumerate(prompts)}
+
+
 def test_a_prefill_computes_the_tree(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefixes, "STEP", 4)
     prompts = [prompt for prompt in some_prompts() if len(prompt.ids) > 3]

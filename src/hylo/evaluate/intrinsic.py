@@ -49,7 +49,7 @@ def evaluate_intrinsic(
     By length (a string): "perplexity", "perplexity_se", "kl", "kl_se" (KL(teacher || model) in nats a token; only with
     a teacher that is another model), "tokens", "by_position" (see TextScore), "row_loss" (each row's mean in nats, None
     where it failed: models that read the same rows are compared in pairs) and "memory" (see `measure_memory`).
-    "mixer_error" (see `mixer_summary`) of a hybrid whose teacher has its base's shape. "seconds".
+    "mixer_error" (see `mixer_summary`) of a hybrid whose teacher has its base's shape. "seconds" and "text_hash".
     Raises HyloError as `check_intrinsic`.
     """
     text = held_out(subject, settings.text)
@@ -60,6 +60,7 @@ def evaluate_intrinsic(
         student = Scorer(subject)
         bar.begin(f"{subject.name}: intrinsic", tokens_left(row_sets(rows, student, teacher), done))
         result, not_run = measure_intrinsic(student, rows, teacher, done, bar.advance)
+    result["text_hash"] = text.digest
     return result, {f"{what} of {subject.name}": why for what, why in not_run.items()}
 
 

@@ -46,8 +46,8 @@ class NeedleSettings:
 def evaluate_needle(subject: Subject, settings: NeedleSettings, bar: Bar) -> dict[str, Any]:
     """Returns, by length (a string), "needle" (the share of answers that are right, 0 to 1), "needle_se",
     "needle_depth" (a list), "needle_depth_se", "needle_answers" and "needle_rows" (each row's share, None where it
-    failed: models that read the same rows are compared in pairs); and "seconds". Where rows failed, also "failed" and
-    "errors" by length.
+    failed: models that read the same rows are compared in pairs); "seconds" and "text_hash". Where rows failed, also
+    "failed" and "errors" by length.
 
     Goes on from the rows that are recorded. Raises HyloError as `check_needle`.
     """
@@ -55,7 +55,7 @@ def evaluate_needle(subject: Subject, settings: NeedleSettings, bar: Bar) -> dic
     rows = settings.rows(text)
     with records(subject.hash, "needle", needle_identity(subject, text, settings.depths, settings.seed)) as done:
         bar.begin(f"{subject.name}: needle", tokens_left(row_sets(rows), done))
-        return measure_needle(Scorer(subject), rows, done, bar.advance)
+        return measure_needle(Scorer(subject), rows, done, bar.advance) | {"text_hash": text.digest}
 
 
 def check_needle(subject: Subject, settings: NeedleSettings) -> None:
