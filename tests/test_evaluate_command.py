@@ -2,12 +2,15 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from command import hylo
 from transformers import AutoModelForCausalLM
+
+from hylo.evaluate.progress import Bar
 
 INSIDE = ("--lengths", "128,256", "--answers", 8, "--depths", 2, "--tokens", 512)
 RULER = ("--suite", "ruler", "--tasks", "niah_single_1,qa_1", "--samples", 2, "--lengths", "1k", "--beyond-context")
@@ -64,6 +67,29 @@ def test_answers_are_not_asked_twice(
     assert hylo(*asked, tmp_path / "b.json").returncode == 0
     first, second = (json.loads((tmp_path / f"{name}.json").read_text())["suites"] for name in "ab")
     assert first == second
+
+
+def test_a_signal_ends_it_in_good_order(
+    models: tuple[str, str], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("evaluate", models[0], *INSIDE, "--suite", "needle", "--text", text_file, "--seed", 6)
+    asked += ("--json", tmp_path / "r.json")
+    read: list[int] = []
+
+    def advance(_: Bar, tokens: int) -> None:
+        read.append(tokens)
+        if len(read) == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Bar, "advance", advance)
+    done = hylo(*asked)
+    assert done.returncode == 0 and "stopped; go on with: hylo evaluate base=" in done.stdout
+    assert not (tmp_path / "r.json").exists() and len(read) == 1
+    assert hylo(*asked).returncode == 0 and (tmp_path / "r.json").exists()
+    again = sum(read[1:])
+    fresh = len(read)
+    assert hylo(*asked[:-4], "--seed", 8).returncode == 0
+    assert again < sum(read[fresh:])  # what was read before the signal was not read again
 
 
 def test_without_lengths_those_that_the_context_holds(models: tuple[str, str], text_file: Path, tmp_path: Path) -> None:

@@ -35,7 +35,14 @@ app.add_typer(benching.app, name="bench")
 app.command()(runs.demo)
 app.command()(runs.env)
 
-GO_ON = ("align", "extend", "teacher-cache", "upcycle", "demo")  # the commands that a second call goes on with
+GO_ON = (
+    "align",
+    "extend",
+    "teacher-cache",
+    "upcycle",
+    "evaluate",
+    "demo",
+)  # the commands that a second call goes on with
 
 
 def main(arguments: list[str] | None = None) -> None:

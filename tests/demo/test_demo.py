@@ -49,7 +49,7 @@ def test_it_needs_fewer_bits_per_byte_of_held_out_text_than_xz(teacher: LlamaFor
     assert bits_per_byte(teacher, tokenizer, documents) < xz_bits_per_byte(documents)
 
 
-@pytest.mark.parametrize("name", ["quick.yaml", "full.yaml"])
+@pytest.mark.parametrize("name", ["quick.yaml", "full.yaml", "short.yaml"])
 def test_the_recipes_are_valid_and_grow_eightfold(name: str) -> None:
     recipe = read_recipe(HERE / name)
     assert recipe.base == TEACHER

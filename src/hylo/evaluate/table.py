@@ -19,7 +19,8 @@ def print_table(result: Mapping[str, Any], console: Console) -> None:
     short = any("" in cells for _, lines, _ in sections for _, cells, _ in lines)
     for columns in _fitting(sections, ([""] if short else []) + [str(length) for length in lengths], console.width):
         console.print(_table(sections, columns))
-    console.print("in brackets: standard errors")
+    if sections:
+        console.print("in brackets: standard errors")
     if (haystack := suite_setting(result, "ruler", "haystack")) not in (None, "essays"):
         console.print(f"RULER's essays: {haystack}", highlight=False)
     for suite, part in result["suites"].items():
