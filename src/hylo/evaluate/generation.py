@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from hylo.errors import HyloError
 from hylo.evaluate.memory import cache_bytes
 from hylo.evaluate.prefixes import Tree, make_tree
+from hylo.evaluate.records import BAD_INPUT
 
 CPU_TOKENS, GPU_TOKENS = 2048, 8192  # in one forward pass; on a CPU more leave its caches and are slower
 MOST_ROWS = 64
@@ -77,7 +77,7 @@ class GreedyGenerator:
     def _try(self, prompts: list[Prompt]) -> list[list[int]] | Exception:
         try:
             return self.answers(prompts)
-        except HyloError:
+        except BAD_INPUT:
             raise
         except Exception as error:
             failed = error.with_traceback(None)  # whose frames hold the batch

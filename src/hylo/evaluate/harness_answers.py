@@ -11,10 +11,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from transformers import PreTrainedModel
 
-from hylo.errors import HyloError
 from hylo.evaluate.generation import is_out_of_memory
 from hylo.evaluate.progress import Bar
-from hylo.evaluate.records import Records
+from hylo.evaluate.records import BAD_INPUT, Records
 
 MOST_ROWS = 64  # of a batch, as lm-eval's own
 CPU_BYTES = 2 << 30  # that a batch may take where nothing tells how much is free
@@ -97,7 +96,7 @@ class RecordedLM(LM):
         """A record for each request. A batch that raises is halved, until memory holds it or the culprit is alone."""
         try:
             records = self._answers(requests)
-        except HyloError:
+        except BAD_INPUT:
             raise
         except Exception as error:  # of any class: a request that fails is recorded, and the rest go on
             if len(requests) == 1:

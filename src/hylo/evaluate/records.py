@@ -17,6 +17,9 @@ from typing import Any
 
 from hylo.errors import HyloError
 from hylo.files import differences, locked
+from hylo.ops.kernels import KernelsError
+
+BAD_INPUT = (HyloError, KernelsError)  # no sample is to blame for these: they end the evaluation
 
 
 class Records(Mapping[str, dict[str, Any]]):

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hylo.errors import HyloError
+from hylo.evaluate.records import BAD_INPUT
 
 BATCH_TOKENS = 8192  # tokens in one forward pass
 
@@ -43,7 +43,7 @@ def record_rows(
     """Records every row that has no record yet, at most BATCH_TOKENS tokens at a time, or one row where it is longer.
 
     Batches begin at the same rows however much was done before. A batch that fails, for want of memory or for any other
-    reason, is read again in halves; a row that fails alone gets the record {"error": why}. HyloError is passed on.
+    reason, is read again in halves; a row that fails alone gets the record {"error": why}. BAD_INPUT is passed on.
     """
     size = max(1, BATCH_TOKENS // rows_RT.shape[1])
     for start in range(0, len(keys), size):
@@ -58,7 +58,7 @@ def _record_batch(
     began = time.perf_counter()
     try:
         found = read(rows_RT[batch], batch)
-    except HyloError:
+    except BAD_INPUT:
         raise
     except Exception as error:  # of whatever class the model's own code raises
         found = [{"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}]
