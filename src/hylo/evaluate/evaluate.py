@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedModel
 
 from hylo.data.retrieval import FactFormat
@@ -22,6 +21,7 @@ from hylo.evaluate.progress import Bar
 from hylo.evaluate.records import records
 from hylo.evaluate.rows import Done, InMemory, tokens_left
 from hylo.evaluate.subject import Subject
+from hylo.evaluate.table import print_table
 
 
 @dataclass(frozen=True)
@@ -159,24 +159,5 @@ def _measure(
 
 def print_results(results: Mapping[str, dict[str, Any]], console: Console | None = None) -> None:
     """Prints a table: per metric one line a model, one column a length."""
-    lengths = sorted({int(length) for result in results.values() for length in result["perplexity"]})
-    table = Table("", *[f"{length:,}" for length in lengths])
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for title, key, show in (
-        ("needle accuracy, % (standard error)", "needle", lambda x: f"{100 * x:.1f}"),
-        ("KL to the teacher, nats/token", "kl", lambda x: f"{x:.4f}"),
-        ("perplexity", "perplexity", lambda x: f"{x:.2f}"),
-    ):
-        if not any(result.get(key) for result in results.values()):
-            continue
-        table.add_row(f"[bold]{title}[/]")
-        for name, result in results.items():
-            cells = []
-            for length in map(str, lengths):
-                value = result.get(key, {}).get(length)
-                error = result.get("needle_se", {}).get(length) if key == "needle" else None
-                cells.append("" if value is None else show(value) + (f" ({100 * error:.1f})" if error else ""))
-            table.add_row("  " + name, *cells)
-        table.add_section()
-    (console or Console()).print(table)
+    part = {"settings": {}, "not_run": {}, "results": results}
+    print_table({"suites": {"needle": part, "intrinsic": part}}, console or Console())

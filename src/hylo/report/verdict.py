@@ -1,7 +1,7 @@
 """What got better and what got worse: the hybrid beside its teacher, its base and the baselines, in plain sentences.
 
 `better` and `worse` need more than two standard errors of the difference, sqrt(se_a^2 + se_b^2), as if the two models
-had been asked different questions: they were asked the same ones, so a difference that is called one is one.
+had been asked different questions. They were asked the same ones, so that the true error is mostly smaller.
 """
 
 import math
