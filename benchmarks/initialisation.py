@@ -35,7 +35,12 @@ from hylo.files import write_json
 from hylo.modeling.loading import load_model
 from hylo.plan import Plan, make_plan
 
-LAYOUTS = {"all MLA": ("6MLA", None), "the demo's": ("2MLA4GDN", [0, 1]), "the demo's, Mamba-2": ("2MLA4M2", [0, 1])}
+LAYOUTS = {
+    "all MLA": ("6MLA", None),
+    "the demo's": ("2MLA4GDN", [0, 1]),
+    "the demo's, Mamba-2": ("2MLA4M2", [0, 1]),
+    "the demo's, KDA": ("2MLA4KDA", [0, 1]),
+}
 KV_RANKS = (48, 80, 112)  # with a rotated key of 16, 25, 37.5 and 50 % of a base layer's 256 values a token
 GEOMETRY = {"q_lora_rank": 96, "qk_rope_head_dim": 16, "gdn_num_heads": 2, "gdn_head_dim": 64}
 CALIBRATION_TOKENS, CALIBRATION_LENGTH = 8192, 256

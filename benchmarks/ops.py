@@ -1,6 +1,6 @@
 """What the operations of hylo.ops cost beside transformers' torch paths: time a token, growth with length, memory.
 
-    python benchmarks/ops.py [--only gated-delta step ssd latent] [--lengths 64,512,4096] [--json FILE]
+    python benchmarks/ops.py [--only gated-delta kimi-delta step ssd latent] [--lengths 64,512,4096] [--json FILE]
 
 Forward and backward in float32 on the CPU, runs interleaved, medians; memory is how far a fresh process's resident
 memory rises over its inputs while one run of forward and backward is on, its gradients included (Linux only).
@@ -21,13 +21,16 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.bamba import modeling_bamba
+from transformers.models.kimi_linear import modeling_kimi_linear
 from transformers.models.qwen3_next import modeling_qwen3_next
 
-from hylo.ops import gated_delta_rule, ssd
+from hylo.ops import gated_delta_rule, kimi_delta_rule, ssd
 
 # With flash-linear-attention installed transformers would call that, on tensors of the CPU too.
 torch_chunk_gated_delta_rule = inspect.unwrap(modeling_qwen3_next.torch_chunk_gated_delta_rule)
 torch_recurrent_gated_delta_rule = inspect.unwrap(modeling_qwen3_next.torch_recurrent_gated_delta_rule)
+chunk_kimi_delta_attention = inspect.unwrap(modeling_kimi_linear.chunk_kimi_delta_attention)
+recurrent_kimi_delta_attention = inspect.unwrap(modeling_kimi_linear.recurrent_kimi_delta_attention)
 mamba2_chunk_scan = inspect.unwrap(modeling_bamba.mamba2_chunk_scan)
 mamba2_selective_state_update = inspect.unwrap(modeling_bamba.mamba2_selective_state_update)
 
@@ -47,6 +50,15 @@ class GatedDelta(NamedTuple):
         return f"gated delta, {self.heads} x {self.key}/{self.value}"
 
 
+class KimiDelta(NamedTuple):
+    heads: int
+    key: int
+    value: int
+
+    def __str__(self) -> str:
+        return f"Kimi delta, {self.heads} x {self.key}/{self.value}"
+
+
 class StateSpace(NamedTuple):
     heads: int
     groups: int
@@ -57,32 +69,41 @@ class StateSpace(NamedTuple):
         return f"SSD, {self.heads} heads of {self.width}, {self.groups} groups, state {self.state}"
 
 
-Case = GatedDelta | StateSpace
+Case = GatedDelta | KimiDelta | StateSpace
 GATED_DELTA = [GatedDelta(4, 64, 64), GatedDelta(16, 128, 128), GatedDelta(6, 256, 512)]
+KIMI_DELTA = [KimiDelta(4, 64, 64), KimiDelta(16, 128, 128)]
 STATE_SPACE = [StateSpace(32, 8, 64, 64), StateSpace(24, 8, 128, 128)]  # Llama-3.2-1B's and 3B's
 PEERS_UP_TO = 1 << 24  # numbers in the output
-PEERS = {GatedDelta: ["transformers"], StateSpace: ["transformers", "transformers, chunks of 64"]}
+KIMI_PEERS_UP_TO = 1 << 20  # theirs holds 64 decays for each, some times over
+PEERS = {
+    GatedDelta: ["transformers"],
+    KimiDelta: ["transformers"],
+    StateSpace: ["transformers", "transformers, chunks of 64"],
+}
 
 
 def run_of(which: str, case: Case, length: int) -> Callable[[], Any]:
     """Forward and backward, to all inputs."""
     torch.manual_seed(0)
-    inputs = _gated_delta_inputs(case, length) if isinstance(case, GatedDelta) else _ssd_inputs(case, length)
+    inputs = _ssd_inputs(case, length) if isinstance(case, StateSpace) else _delta_inputs(case, length)
     leaves = [tensor.requires_grad_() for tensor in inputs.values()]
     forward = FORWARD[type(case)]
-    weights = torch.randn(1, length, case.heads, case.value if isinstance(case, GatedDelta) else case.width)
+    weights = torch.randn(1, length, case.heads, case.width if isinstance(case, StateSpace) else case.value)
     return lambda: torch.autograd.grad(forward(which, inputs), leaves, weights)
 
 
 def step_of(which: str, case: Case, rows: int = 1) -> Callable[[], Any]:
     """One token, with a state."""
     torch.manual_seed(0)
-    if isinstance(case, GatedDelta):
-        t = _gated_delta_inputs(case, 1, rows)
+    if not isinstance(case, StateSpace):
+        t = _delta_inputs(case, 1, rows)
         state = torch.randn(rows, case.heads, case.key, case.value)
+        gated = isinstance(case, GatedDelta)
         if which == "hylo":
-            return lambda: gated_delta_rule(**t, initial_state=state, output_final_state=True, use_qk_l2norm=True)
-        return lambda: torch_recurrent_gated_delta_rule(
+            own = gated_delta_rule if gated else kimi_delta_rule
+            return lambda: own(**t, initial_state=state, output_final_state=True, use_qk_l2norm=True)
+        theirs = torch_recurrent_gated_delta_rule if gated else recurrent_kimi_delta_attention
+        return lambda: theirs(
             *(t[name] for name in "qkv"),
             g=t["g"],
             beta=t["beta"],
@@ -108,10 +129,11 @@ def step_of(which: str, case: Case, rows: int = 1) -> Callable[[], Any]:
     return update
 
 
-def _gated_delta_inputs(case: GatedDelta, length: int, rows: int = 1) -> dict[str, Tensor]:
+def _delta_inputs(case: GatedDelta | KimiDelta, length: int, rows: int = 1) -> dict[str, Tensor]:
     q, k = (torch.randn(rows, length, case.heads, case.key) for _ in "qk")
     v = torch.randn(rows, length, case.heads, case.value)
-    g = -F.softplus(torch.randn(rows, length, case.heads) - 2)
+    decays = (case.key,) if isinstance(case, KimiDelta) else ()
+    g = -F.softplus(torch.randn(rows, length, case.heads, *decays) - 2)
     return {"q": q, "k": k, "v": v, "g": g, "beta": torch.rand(rows, length, case.heads)}
 
 
@@ -134,6 +156,13 @@ def _gated_delta(which: str, t: dict[str, Tensor]) -> Tensor:
     return torch_chunk_gated_delta_rule(q, k, v, g=t["g"], beta=t["beta"], use_qk_l2norm_in_kernel=True)[0]
 
 
+def _kimi_delta(which: str, t: dict[str, Tensor]) -> Tensor:
+    if which == "hylo":
+        return kimi_delta_rule(**t, use_qk_l2norm=True)[0]
+    q, k, v = (t[name] for name in "qkv")
+    return chunk_kimi_delta_attention(q, k, v, g=t["g"], beta=t["beta"], use_qk_l2norm_in_kernel=True)[0]
+
+
 def _ssd(which: str, t: dict[str, Tensor]) -> Tensor:
     if which == "hylo":
         return ssd(**t)[0]
@@ -144,15 +173,20 @@ def _ssd(which: str, t: dict[str, Tensor]) -> Tensor:
     return mamba2_chunk_scan(x, t["dt"], A, B, t["C"], chunk, **options)
 
 
-FORWARD: dict[type, Callable[[str, dict[str, Tensor]], Tensor]] = {GatedDelta: _gated_delta, StateSpace: _ssd}
+FORWARD: dict[type, Callable[[str, dict[str, Tensor]], Tensor]] = {
+    GatedDelta: _gated_delta,
+    KimiDelta: _kimi_delta,
+    StateSpace: _ssd,
+}
 
 
 def train_rows(case: Case, lengths: list[int], threads: int, all_peers: bool = False) -> list[dict[str, Any]]:
     """Seconds and bytes of every implementation at every length, of peers where that is no matter of minutes."""
     rows = []
     for length in lengths:
-        width = case.value if isinstance(case, GatedDelta) else case.width
-        names = ["hylo", *(PEERS[type(case)] if all_peers or length * case.heads * width <= PEERS_UP_TO else ())]
+        width = case.width if isinstance(case, StateSpace) else case.value
+        most = KIMI_PEERS_UP_TO if isinstance(case, KimiDelta) else PEERS_UP_TO
+        names = ["hylo", *(PEERS[type(case)] if all_peers or length * case.heads * width <= most else ())]
         functions = {name: run_of(name, case, length) for name in names}
         repeats = 15 if length <= 64 else 7 if length <= 1024 else 3 if length <= 4096 else 1  # minutes, for a peer
         seconds = measure.medians(measure.seconds(functions, repeats, warmup=1 if length <= 4096 else 0))
@@ -231,7 +265,7 @@ def report(console: Console, training: list[dict[str, Any]], steps: list[dict[st
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ["gated-delta", "step", "ssd", "latent"]
+    parts = ["gated-delta", "kimi-delta", "step", "ssd", "latent"]
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
     parser.add_argument("--all-peers", action="store_true", help="at the longest lengths too: minutes for each")
@@ -242,6 +276,7 @@ def main(arguments: list[str] | None = None) -> None:
     console, lengths = Console(), [int(length) for length in options.lengths.split(",")]
 
     cases: list[Case] = [*GATED_DELTA] if "gated-delta" in options.only else []
+    cases += KIMI_DELTA if "kimi-delta" in options.only else []
     cases += STATE_SPACE if "ssd" in options.only else []
     training, growths, steps = [], [], []
     for case in cases:
@@ -250,7 +285,7 @@ def main(arguments: list[str] | None = None) -> None:
         if max(lengths) > min(lengths):
             growths.append(growth(case, *((SHORT, LONG) if LONG in lengths else (min(lengths), max(lengths)))))
     if "step" in options.only:
-        steps = [step_row(case) for case in (*GATED_DELTA, *STATE_SPACE)]
+        steps = [step_row(case) for case in (*GATED_DELTA, *KIMI_DELTA, *STATE_SPACE)]
     figures = {"machine": measure.machine(options.threads), "training": training, "growth": growths, "step": steps}
     report(console, training, steps)
     for line in targets(training, growths, steps):

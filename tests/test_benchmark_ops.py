@@ -18,7 +18,7 @@ from hylo.plan import make_plan
 @pytest.mark.skipif(sys.platform != "linux", reason="the benchmark reads /proc")
 def test_peers_compute_the_same_and_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     ops = script("ops", monkeypatch)
-    cases = [ops.GatedDelta(2, 8, 16), ops.StateSpace(4, 2, 8, 16)]
+    cases = [ops.GatedDelta(2, 8, 16), ops.KimiDelta(2, 8, 8), ops.StateSpace(4, 2, 8, 16)]
     rows, steps, growths = [], [], []
     for case in cases:
         for name in ops.PEERS[type(case)]:
@@ -36,7 +36,7 @@ def test_peers_compute_the_same_and_are_measured(monkeypatch: pytest.MonkeyPatch
     ops.report(Console(file=text, width=200), rows, steps)
     assert "SSD, 4 heads of 8, 2 groups, state 16" in text.getvalue()
     lines = ops.targets(rows, growths, steps)
-    assert len(lines) == 2 * 2 * 2 + 2 + 2 and all(line.startswith(("reached", "missed")) for line in lines)
+    assert len(lines) == 3 * 2 * 2 + 3 + 3 and all(line.startswith(("reached", "missed")) for line in lines)
     json.dumps([rows, steps, growths])
 
 

@@ -39,6 +39,8 @@ def student(*mixers: str, **others: Any) -> HyloConfig:
         mamba_d_state=16,
         mamba_d_inner=64,
         mamba_d_xb=32,
+        kda_num_heads=4,
+        kda_head_dim=16,
         **others,
     )
 

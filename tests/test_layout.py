@@ -24,6 +24,7 @@ def attention_at(mixers: list[str]) -> list[int]:
         ("16MLA", 16, list(range(16))),
         ("16GDN", 16, []),
         ("6M2", 6, []),
+        ("2MLA4KDA", 6, [1, 4]),
     ],
 )
 def test_published_layouts_stand_where_they_were_published_and_others_are_spread(
@@ -37,6 +38,7 @@ def test_published_layouts_stand_where_they_were_published_and_others_are_spread
 
 def test_letters_name_mixers_in_either_order() -> None:
     assert parse_layout("1A1GDN", 2, [0]) == ["attention", "gated_deltanet"]
+    assert parse_layout("1KDA1A", 2, [1]) == ["kda", "attention"]
     assert parse_layout("3M21MLA", 4, [3]) == ["mamba2", "mamba2", "mamba2", "mla"]
     assert layout_name(parse_layout("3M21MLA", 4)) == "1MLA3M2"
 
@@ -56,6 +58,7 @@ def test_explicit_layers_override_in_any_order() -> None:
         ("0MLA16GDN", None, "zero"),
         ("8GDN8GDN", None, "twice"),
         ("4A4MLA8GDN", None, "attention and mla"),
+        ("8KDA8M2", None, "kda and mamba2"),
         ("8GDN8M2", None, "gated_deltanet and mamba2"),
         ("4MLA12GDN", [0, 1, 2, 16], "attention layer 16"),
         ("4MLA12GDN", [-1, 1, 2, 3], "attention layer -1"),

@@ -165,6 +165,8 @@ def test_published_geometry(base: Any) -> None:
         "mamba_num_heads": 24,
         "mamba_d_inner": 3072,
         "mamba_d_xb": 1024,
+        "kda_num_heads": 24,
+        "kda_head_dim": 128,
     }
 
 
@@ -223,7 +225,7 @@ def test_the_demo_base_keeps_less_than_a_tenth_of_its_cache(base: Any) -> None:
 
 
 @pytest.mark.parametrize("k_norm", ["exact", "folded"])
-@pytest.mark.parametrize("layout", ["3A", "3MLA", "3GDN", "3M2", "1A2M2", "1MLA2GDN"])
+@pytest.mark.parametrize("layout", ["3A", "3MLA", "3GDN", "3M2", "3KDA", "1A2M2", "1MLA2GDN"])
 @pytest.mark.parametrize("family", TINY)
 def test_formulas_count_what_a_model_has(base: Any, family: str, layout: str, k_norm: Any) -> None:
     overrides = {"qk_rope_head_dim": 4, "gdn_num_heads": 3, "gdn_head_dim": 8, "conv_kernel_size": 3}

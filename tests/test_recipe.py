@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from hylo.errors import HyloError
-from hylo.recipe import dump_recipe, read_recipe
+from hylo.recipe import dump_recipe, overrides_of, read_recipe
 
 LAYERS = {"objective": "layers", "length": 32, "rows": 2, "tokens": 128, "learning_rate": 1e-3}
 KL = {"length": 64, "rows": 1, "tokens": 128, "learning_rate": 1e-3}
@@ -220,3 +220,35 @@ def test_a_model_that_cannot_be_had_is_named(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(HyloError, match=r"owner/base .*\(no connection\).* path of a copy") as error:
         recipe.with_models()
     assert "\n" not in str(error.value)
+
+
+def test_positions_without_yarn(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", GOOD)
+    assert read_recipe(path, ["positions=hype", "attention_gate=true"]).positions == "hype"
+    assert read_recipe(path).positions == "rope"
+    said = "stages.1.yarn_factor: positions none have nothing to stretch"
+    assert said in refusal(path, "positions=none", "stages.1.yarn_factor=2")
+    assert "positions: Input should be 'rope', 'none' or 'hype' (got 'alibi')" in refusal(path, "positions=alibi")
+
+
+def test_one_seed_goes_to_every_stage_that_names_no_other(tmp_path: Path) -> None:
+    stages = [LAYERS, KL | {"seed": 7}]
+    recipe = read_recipe(write(tmp_path / "r.yaml", GOOD | {"stages": stages, "seed": 3}))
+    assert [stage.seed for stage in recipe.stages] == [3, 7]
+    assert [stage.seed for stage in read_recipe(tmp_path / "r.yaml", ["seed=4"]).stages] == [4, 7]
+
+
+def test_as_published_comes_before_what_is_set(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", GOOD)
+    published = read_recipe(path, overrides_of({}, as_published=True))
+    assert (published.init, published.rope_key, published.linear_init) == ("recipe", "mean", "recipe")
+    assert not published.data.boundaries and published.calibration_tokens == 0
+    assert read_recipe(path, overrides_of({"init": "pairs-best"}, as_published=True)).init == "pairs-best"
+    assert read_recipe(path, overrides_of({})) == read_recipe(path)
+
+
+def test_a_stretch_is_not_shorter_than_what_was_trained(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", GOOD)
+    assert read_recipe(path, ["stretch=128"]).stretch == 128
+    assert "stretch: 32 after 64; lengths must not fall" in refusal(path, "stretch=32")
+    assert "stages.1: layer_loss is for objective layers" in refusal(path, "stages.1.layer_loss=mixer")

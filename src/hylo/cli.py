@@ -7,7 +7,19 @@ import sys
 import typer
 from transformers.utils import logging as transformers_logging
 
-from hylo.commands import benching, data, evaluation, making, planning, runs, serving, shared, training
+from hylo.commands import (
+    benching,
+    data,
+    evaluation,
+    laboratory,
+    making,
+    planning,
+    runs,
+    selecting,
+    serving,
+    shared,
+    training,
+)
 from hylo.distill import signals
 from hylo.errors import HyloError
 
@@ -26,7 +38,9 @@ app.command()(training.align)
 app.command()(training.extend)
 app.command("teacher-cache")(training.teacher_cache)
 app.add_typer(data.app, name="data")
+app.command()(selecting.select)
 app.command()(runs.upcycle)
+app.command()(laboratory.lab)
 app.command()(runs.status)
 app.command()(evaluation.evaluate)
 app.command()(evaluation.report)
@@ -39,8 +53,10 @@ GO_ON = (
     "align",
     "extend",
     "teacher-cache",
+    "select",
     "upcycle",
     "evaluate",
+    "lab",
     "demo",
 )  # the commands that a second call goes on with
 

@@ -24,7 +24,16 @@ def dry_run(recipe: Recipe, console: Console, devices: int = 1) -> list[tuple[St
     recipe = recipe.with_models(weights=False)
     rank, energy = parse_rank(recipe.rank)
     figures = recipe.geometry | ({} if rank is None else {"kv_lora_rank": rank})
-    plan = make_plan(recipe.base, recipe.layout, recipe.mla_layers, figures, recipe.dtype, k_norm=recipe.k_norm)
+    plan = make_plan(
+        recipe.base,
+        recipe.layout,
+        recipe.mla_layers,
+        figures,
+        recipe.dtype,
+        k_norm=recipe.k_norm,
+        positions=recipe.positions,
+        attention_gate=recipe.attention_gate,
+    )
     plan.print(console)
     if energy is not None:
         console.print(f"ranks: by {energy:.0%} of the energy, which needs the weights; shown is the geometry's own")
@@ -66,7 +75,7 @@ def _print_stages(recipe: Recipe, found: list[tuple[Stage, Memory]], console: Co
     table.add_row("objective", *(stage.objective_text for stage, _ in found))
     table.add_row("teacher", *(stage.teacher_source for stage, _ in found))
     table.add_row("length", *(f"{stage.length:,}" for stage, _ in found))
-    table.add_row("YaRN", *(_yarn(stage, recipe.yarn_original_length) for stage, _ in found))
+    table.add_row("YaRN", *(_yarn(stage, recipe) for stage, _ in found))
     table.add_row("rows", *(_rows(stage, devices) for stage, _ in found))
     table.add_row("tokens", *(f"{stage.steps * stage.rows * stage.length:,}" for stage, _ in found))
     table.add_row("data", *(_part(stage, part) for (stage, _), part in zip(found, recipe.parts(), strict=True)))
@@ -87,11 +96,11 @@ def _micro_rows(stage: Stage, devices: int) -> int:
     return batch(stage, devices)[0] // (stage.length * (2 if stage.kind == "dpo" else 1))
 
 
-def _yarn(stage: Stage, original: int) -> str:
+def _yarn(stage: Stage, recipe: Recipe) -> str:
     """The factor that the stage leaves in the configuration; stage 1 and DPO know none."""
-    if stage.kind in ("layers", "dpo") or stage.positions == "unscaled":
+    if recipe.positions != "rope" or stage.kind in ("layers", "dpo") or stage.positions == "unscaled":
         return "-"
-    return f"{max(1.0, stage.yarn_factor or stage.length / original):g}"
+    return f"{max(1.0, stage.yarn_factor or stage.length / recipe.yarn_original_length):g}"
 
 
 def _rows(stage: Stage, devices: int) -> str:

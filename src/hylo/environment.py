@@ -36,6 +36,7 @@ def describe() -> dict[str, Any]:
         "forced": kernels.FORCED or None,
         "kernels": {
             "gated_delta_rule": recurrences,
+            "kimi_delta_rule": recurrences,
             "ssd": recurrences,
             "latent_attention": "torch",
             "short_conv": "torch",

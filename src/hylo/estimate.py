@@ -23,6 +23,7 @@ from hylo.live_bytes import Moment, fake_tensors, largest, trace_decoder, trace_
 from hylo.modeling import HyloConfig, HyloForCausalLM
 from hylo.ops.gated_delta import CHUNK as GDN_CHUNK
 from hylo.ops.head_tiles import tile_height
+from hylo.ops.kda import CHUNK as KDA_CHUNK
 from hylo.ops.ssd import CHUNK as SSD_CHUNK
 
 FLOAT = 4
@@ -272,5 +273,9 @@ def _mixing(config: PreTrainedConfig, mixer: str, length: int) -> float:
         K, V, C = config.gdn_head_dim, config.gdn_head_dim * config.gdn_expand_v, min(GDN_CHUNK, length)
         # states read by keys and queries, and written; keys and queries with keys, the system's solution, and writes
         return config.gdn_num_heads * (6 * K * V + 4 * C * K + 4 * C * V + C * C)
+    if mixer == "kda":
+        K, C = config.kda_head_dim, min(KDA_CHUNK, length)
+        # as above, but that every pair of tokens meets in one doubling only
+        return config.kda_num_heads * (6 * K * K + 2 * C * K + 4 * C * K + C * C)
     P, N, L = config.mamba_head_dim, config.mamba_d_state, min(SSD_CHUNK, length)
     return config.mamba_num_heads * (4 * P * N + 2 * L * N + 2 * L * P)

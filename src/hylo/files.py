@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,22 @@ def complete_directory(out: Path) -> Iterator[Path]:
         raise _cannot_write(out, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def link_files(source: Path, directory: Path, without: Sequence[str] = ()) -> None:
+    """The files of one directory in another too, without taking room again where the disk can do that.
+
+    `without` names files, by pattern, that are left out. A linked file is to be replaced, never written into.
+    """
+
+    def link(file: str, copy: str) -> None:
+        try:
+            os.link(file, copy)
+        except OSError:  # another disk, or one without links
+            shutil.copy2(file, copy)
+
+    ignore = shutil.ignore_patterns(*without)
+    shutil.copytree(source, directory, copy_function=link, ignore=ignore, dirs_exist_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -100,6 +116,15 @@ def locked(path: Path, busy: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise HyloError(busy) from None
+        yield
+
+
+@contextlib.contextmanager
+def waited_for(path: Path) -> Iterator[None]:
+    """Holds a lock file, when whoever holds it has let it go."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

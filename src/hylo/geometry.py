@@ -5,11 +5,13 @@ Everything here follows from the base's configuration and a dict of HyloConfig's
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import get_args
 
 from transformers import PreTrainedConfig
 
 from hylo.errors import HyloError
-from hylo.modeling.configuration import HyloConfig, KNorm
+from hylo.modeling.configuration import HyloConfig, KNorm, Positions
+from hylo.modeling.rope import LINEAR_WIDTHS
 
 # The three bases whose hybrids are published: (hidden, layers, query heads, kv heads, head_dim) -> kv and query rank.
 PUBLISHED_RANKS = {
@@ -34,6 +36,8 @@ KEYS = (
     "mamba_num_heads",
     "mamba_d_inner",
     "mamba_d_xb",
+    "kda_num_heads",
+    "kda_head_dim",
 )
 
 
@@ -44,8 +48,8 @@ def default_geometry(base: PreTrainedConfig) -> dict[str, int]:
     most 512; query rank 21/32 of the hidden size up to 2048 and half of it above; half of every head is rotated; ranks
     are multiples of 8 and never above their matrix's. Below hidden 512, where the rotated key is large beside the
     latent, a quarter of the head is rotated and the kv rank is three eighths of the width. Gated DeltaNet:
-    max(1, round(3/4 of hidden / width)) heads of width 256 (128 below hidden 1024, 64 below 512). Mamba-2: the base's
-    heads.
+    max(1, round(3/4 of hidden / width)) heads of width 256 (128 below hidden 1024, 64 below 512). Mamba-2 and KDA:
+    the base's heads.
     """
     hidden, layers = base.hidden_size, base.num_hidden_layers
     heads, kv_heads, head_dim = base.num_attention_heads, base.num_key_value_heads, base.head_dim
@@ -71,6 +75,8 @@ def default_geometry(base: PreTrainedConfig) -> dict[str, int]:
         "mamba_num_heads": heads,
         "mamba_d_inner": heads * head_dim,
         "mamba_d_xb": kv_width,
+        "kda_num_heads": heads,
+        "kda_head_dim": head_dim,
     }
 
 
@@ -161,8 +167,23 @@ def check_kv_ranks(
     return [rank if mixer == "mla" else 0 for mixer, rank in zip(mixers, ranks, strict=True)]
 
 
-def mixer_parameters(base: PreTrainedConfig, mixer: str, geometry: Mapping[str, int], k_norm: KNorm = "exact") -> int:
-    """Parameters of one mixer; with `k_norm` folded, MLA has no key norm's weight."""
+def check_positions(mixers: Sequence[str], geometry: Mapping[str, int], positions: str) -> None:
+    """Raises HyloError for unknown positions, and for hype on linear blocks whose widths make no pairs."""
+    if positions not in get_args(Positions):
+        raise HyloError(f"positions {positions} are not known; choose one of {', '.join(get_args(Positions))}")
+    for mixer in sorted(LINEAR_WIDTHS.keys() & set(mixers)):
+        if positions == "hype" and geometry[key := LINEAR_WIDTHS[mixer]] % 2:
+            raise HyloError(f"{key} is {geometry[key]}; positions hype rotates pairs, so it must be even")
+
+
+def mixer_parameters(
+    base: PreTrainedConfig,
+    mixer: str,
+    geometry: Mapping[str, int],
+    k_norm: KNorm = "exact",
+    attention_gate: bool = False,
+) -> int:
+    """Parameters of one mixer; with `k_norm` folded, MLA has no key norm's weight, with `attention_gate` a gate's."""
     hidden, heads, kv_heads, head_dim = (
         base.hidden_size,
         base.num_attention_heads,
@@ -180,7 +201,8 @@ def mixer_parameters(base: PreTrainedConfig, mixer: str, geometry: Mapping[str, 
         latent = (r_kv + geometry["qk_rope_head_dim"]) * hidden + _kv_rows(base, geometry) * r_kv
         biases = (heads * head_dim + r_kv + geometry["qk_rope_head_dim"] + _kv_rows(base, geometry)) * biased
         norms = norm if k_norm == "folded" else 2 * norm
-        return queries + latent + hidden * heads * geometry["v_head_dim"] + norms + biases
+        outputs = hidden * heads * geometry["v_head_dim"] * (2 if attention_gate else 1)
+        return queries + latent + outputs + norms + biases
     taps = geometry["conv_kernel_size"]
     if mixer == "gated_deltanet":
         gdn_heads, width = geometry["gdn_num_heads"], geometry["gdn_head_dim"]
@@ -188,6 +210,12 @@ def mixer_parameters(base: PreTrainedConfig, mixer: str, geometry: Mapping[str, 
         projections = hidden * (2 * key + 3 * value + 2 * gdn_heads)  # q k | v g o | a b
         scalars_and_norm = 2 * gdn_heads + geometry["gdn_expand_v"] * width
         return projections + scalars_and_norm + (taps + biased) * (2 * key + value)
+    if mixer == "kda":
+        kda_heads, width = geometry["kda_num_heads"], geometry["kda_head_dim"]
+        inner = kda_heads * width
+        low_rank = 2 * width * (hidden + inner)  # of the decay and of the gate
+        scalars_and_norm = kda_heads + inner + width  # A_log, dt_bias, o_norm
+        return hidden * (4 * inner + kda_heads) + low_rank + scalars_and_norm + 3 * (taps + biased) * inner
     d_inner, mamba_heads, channels = geometry["mamba_d_inner"], geometry["mamba_num_heads"], mamba_channels(geometry)
     in_proj = (hidden + biased) * (d_inner + channels + mamba_heads)
     return in_proj + (taps + 1) * channels + 3 * mamba_heads + d_inner + hidden * d_inner
@@ -218,6 +246,9 @@ def state_values(mixer: str, geometry: Mapping[str, int]) -> tuple[int, int]:
     if mixer == "gated_deltanet":
         heads, width, expand = geometry["gdn_num_heads"], geometry["gdn_head_dim"], geometry["gdn_expand_v"]
         return heads * width * width * expand, columns * heads * width * (2 + expand)
+    if mixer == "kda":
+        inner = geometry["kda_num_heads"] * geometry["kda_head_dim"]
+        return inner * geometry["kda_head_dim"], columns * 3 * inner
     if mixer == "mamba2":
         return geometry["mamba_d_inner"] * geometry["mamba_d_state"], columns * mamba_channels(geometry)
     return 0, 0

@@ -1,8 +1,8 @@
 """Which layer is what: layouts such as `4MLA12GDN`, read, placed on the layers, and named again.
 
 A layout is one or two counts with a letter each: at most one attention-like kind (A, the base's own attention, or MLA)
-and at most one linear kind (GDN or M2). The counts add up to the base's layers. The attention-like layers stand where
-the paper's released models have them, else spread evenly, or on the indices that the caller names.
+and at most one linear kind (GDN, M2 or KDA). The counts add up to the base's layers. The attention-like layers stand
+where the paper's released models have them, else spread evenly, or on the indices that the caller names.
 """
 
 import re
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from hylo.errors import HyloError
 from hylo.modeling.configuration import CACHE_KIND
 
-LETTERS = {"A": "attention", "MLA": "mla", "GDN": "gated_deltanet", "M2": "mamba2"}
+LETTERS = {"A": "attention", "MLA": "mla", "GDN": "gated_deltanet", "M2": "mamba2", "KDA": "kda"}
 
 # Where the released models differ from the even spread: (layers, attention-like layers) -> indices.
 PUBLISHED_POSITIONS = {
@@ -34,7 +34,9 @@ def parse_layout(text: str, num_layers: int, attention_layers: Sequence[int] | N
     linear = [mixer for mixer in counts if not is_attention_like(mixer)]
     for kinds in (growing, linear):
         if len(kinds) > 1:
-            raise HyloError(f"layout {text} mixes {' and '.join(kinds)}; use at most one of A or MLA, and of GDN or M2")
+            raise HyloError(
+                f"layout {text} mixes {' and '.join(kinds)}; use at most one of A or MLA, and of GDN, M2 or KDA"
+            )
     n = counts[growing[0]] if growing else 0
     if attention_layers is None:
         positions = attention_positions(n, num_layers)
@@ -64,9 +66,11 @@ def is_attention_like(mixer: str) -> bool:
 
 
 def _counts(text: str) -> dict[str, int]:
-    parts = re.findall(r"(\d+)(A|MLA|GDN|M2)", text)
+    parts = re.findall(r"(\d+)(A|MLA|GDN|M2|KDA)", text)
     if not parts or "".join(n + letters for n, letters in parts) != text:
-        raise HyloError(f"layout '{text}' is not understood; write counts with A, MLA, GDN or M2, such as 4MLA12GDN")
+        raise HyloError(
+            f"layout '{text}' is not understood; write counts with A, MLA, GDN, M2 or KDA, such as 4MLA12GDN"
+        )
     counts: dict[str, int] = {}
     for n, letters in parts:
         if int(n) == 0 or LETTERS[letters] in counts:

@@ -5,6 +5,8 @@ RUN/control/ and RUN/no_alignment/ hold the controls' directories, RUN/data/ the
 teachers have said; a stage at work keeps its checkpoints in RUN/NAME.training/.
 """
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,14 +17,15 @@ from typing import Any
 from rich.console import Console
 
 from hylo import parallel
-from hylo.checkpoint import read_tokenizer
+from hylo.checkpoint import model_hash, read_tokenizer
 from hylo.convert import Initialisation, convert, print_fits, read_base, with_energy
 from hylo.data.training import Part, TrainingData
 from hylo.distill.settings import Stage
+from hylo.distill.stretch import stretch
 from hylo.distill.student import check_pair
 from hylo.errors import HyloError
 from hylo.evaluate.evaluate import Workload, evaluate_models, print_results
-from hylo.files import read_json, write_json
+from hylo.files import complete_directory, link_files, read_json, waited_for, write_json
 from hylo.modeling.loading import read_configuration
 from hylo.plan import Plan, make_plan
 from hylo.recipe import Recipe, parse_rank
@@ -37,12 +40,63 @@ def upcycle(recipe: Recipe, run: Path, console: Console) -> dict[str, Any]:
 
     Raises HyloError on bad input, whatever can be known of it before any training.
     """
+
+    def reported(done: "Trained") -> dict[str, Any]:
+        results = evaluated(done.recipe, done.models, done.work, run, console)
+        print_results(results, console)
+        report = build_report(done.recipe, done.plan, run, results)
+        write_report(run, report)
+        console.print(f"report: {run / 'report.html'}")
+        return report
+
+    return train(recipe, run, console, reported)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run whose models are there, by the names of the report: to be evaluated on `work`."""
+
+    recipe: Recipe
+    plan: Plan
+    models: dict[str, Path]
+    work: Workload
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What runs side by side have in common: tokenised text, and the stages that several of them would train alike."""
+
+    data: Path
+    stages: Path
+
+
+def train(
+    recipe: Recipe,
+    run: Path,
+    console: Console,
+    then: Callable[[Trained], dict[str, Any]],
+    shared: Shared | None = None,
+) -> dict[str, Any]:
+    """Plans, converts and trains; returns what `then` makes of it, while RUN still belongs to this process.
+
+    All processes but the first return nothing, as an empty dictionary. Raises HyloError as `upcycle` does.
+    """
     check_recipe(run, recipe)
     models = recipe.with_models()
     rank, energy = parse_rank(recipe.rank)
     figures = recipe.geometry | ({} if rank is None else {"kv_lora_rank": rank})
-    plan = make_plan(models.base, recipe.layout, recipe.mla_layers, figures, recipe.dtype, k_norm=recipe.k_norm)
-    data = TrainingData(recipe.data, read_tokenizer(models.base), run / "data", console)
+    plan = make_plan(
+        models.base,
+        recipe.layout,
+        recipe.mla_layers,
+        figures,
+        recipe.dtype,
+        k_norm=recipe.k_norm,
+        positions=recipe.positions,
+        attention_gate=recipe.attention_gate,
+    )
+    tokens = run / "data" if shared is None else shared.data
+    data = TrainingData(recipe.data, read_tokenizer(models.base), tokens, console)
     materials = Materials(models.base, models.extension_teacher, data, recipe.yarn_original_length, console)
     if not parallel.is_main():
         parallel.barrier()  # until the first process has checked everything and tokenised the data
@@ -56,18 +110,13 @@ def upcycle(recipe: Recipe, run: Path, console: Console) -> dict[str, Any]:
         if energy is not None:
             plan, _ = with_energy(plan, initialisation, energy)
         plan.print(console)
-        arms = Arms(models, plan, initialisation, materials, run)
+        arms = Arms(models, plan, initialisation, materials, run, shared)
         arms.check_data()
         work = workload(recipe, data)
         console.print(f"evaluation will read {work.tokens_read:,} tokens a model")
         write_json(run / "plan.json", plan.to_json())
         parallel.barrier()
-        results = _evaluate(models, arms.train(), work, run, console)
-        print_results(results, console)
-        report = build_report(models, plan, run, results)
-        write_report(run, report)
-        console.print(f"report: {run / 'report.html'}")
-    return report
+        return then(Trained(models, plan, arms.train(), work))
 
 
 def check_teachers(recipe: Recipe) -> None:
@@ -112,6 +161,7 @@ class Arms:
     initialisation: Initialisation
     materials: Materials
     run: Path
+    shared: Shared | None = None
 
     def check_data(self) -> None:
         """Raises HyloError where a stage is longer than its part of the data."""
@@ -130,7 +180,10 @@ class Arms:
             models["base"] = recipe.base
         models["converted"] = start = self._converted(self.run, self.initialisation)
         for stage, directory in zip(recipe.stages, self._trained(start, self.run, stages), strict=True):
-            models[NAMES.get(stage.kind, stage.directory)] = directory
+            models[NAMES.get(stage.kind, stage.directory)] = last = directory
+        if (length := recipe.stretch) is not None:
+            out, original = self.run / "stretched", recipe.yarn_original_length
+            models["stretched"] = self._once("stretch", out, lambda out: stretch(last, out, length, original))
         others = [(stage, part) for stage, part in stages if stage.kind != "layers"]
         if recipe.controls and others:
             random = self._converted(self.run / "control", replace(self.initialisation, init="random"))
@@ -148,37 +201,78 @@ class Arms:
     def _converted(self, folder: Path, how: Initialisation) -> Path:
         recipe, out = self.recipe, folder / "converted"
 
-        def make() -> None:
+        def make(out: Path) -> None:
             if parallel.is_main():
                 fits = convert(recipe.base, out, self.plan, how, seed=recipe.seed, dtype=recipe.dtype)
                 print_fits(fits, self.materials.console)
             parallel.barrier()
 
-        return self._once("convert", out, make)
+        return self._once("convert", out, make, self._conversion(how))
 
     def _trained(self, student: Path, folder: Path, stages: Sequence[tuple[Stage, Part]]) -> list[Path]:
         """The directory of each stage, one after the other from `student`."""
         arm, made = "" if folder == self.run else f" ({folder.name})", []
         for stage, part in stages:
-            out, cache = folder / stage.directory, folder / "caches" / stage.directory
-            make = partial(run_stage, stage, student, out, self.materials, stage.directory, part, cache)
-            student = self._once(f"{stage.directory}{arm}", out, make)
+            cache = folder / "caches" / stage.directory
+            make = partial(self._run_stage, stage, student, part, cache)
+            origin = self._origin(stage, student, part)
+            student = self._once(f"{stage.directory}{arm}", folder / stage.directory, make, origin)
             made.append(student)
         return made
 
-    def _once(self, name: str, directory: Path, make: Callable[[], None]) -> Path:
+    def _run_stage(self, stage: Stage, student: Path, part: Part, cache: Path, out: Path) -> None:
+        run_stage(stage, student, out, self.materials, stage.directory, part, cache)
+
+    def _once(
+        self, name: str, directory: Path, make: Callable[[Path], None], origin: dict[str, Any] | None = None
+    ) -> Path:
+        """`directory`, made by `make(directory)` unless it is there.
+
+        Runs that share stages make what has the same `origin`, all that decides its weights, once for all of them.
+        """
         console = self.materials.console
         if parallel.from_main(directory.exists()):
             console.print(f"{name}: {directory} is there, skipped")
         else:
             console.print(f"{name}: {directory}")
             began = time.monotonic()
-            make()
+            if self.shared is None or origin is None:
+                make(directory)
+            else:
+                key = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:16]
+                common = self.shared.stages / f"{directory.name}-{key}"
+                with waited_for(self.shared.stages / f".{common.name}.lock"):
+                    if not common.exists():
+                        make(common)
+                    with complete_directory(directory) as partial:
+                        link_files(common, partial)
             console.print(f"{name}: done in {time.monotonic() - began:.0f} s")
         return directory
 
+    def _conversion(self, how: Initialisation) -> dict[str, Any] | None:
+        """All that decides a conversion's weights."""
+        if self.shared is None:
+            return None
+        recipe = self.recipe
+        rest = {"stages", "stretch", "evaluate", "controls", "teacher", "yarn_original_length"}
+        settings = recipe.model_dump(mode="json", exclude=rest) | {"init": how.init, "base": model_hash(recipe.base)}
+        return settings | {"part": recipe.parts()[0] if recipe.calibration_tokens else None}
 
-def _evaluate(
+    def _origin(self, stage: Stage, student: Path, part: Part) -> dict[str, Any] | None:
+        """All that decides a stage's weights."""
+        if self.shared is None:
+            return None
+        settings: dict[str, Any] = {"student": model_hash(student), "stage": stage.model_dump(mode="json")}
+        settings |= {"part": part, "data": self.recipe.data.model_dump(mode="json")}
+        if stage.teacher_source != "none":
+            theirs = self.recipe.base if stage.kind == "layers" else self.recipe.extension_teacher
+            settings["teacher"] = model_hash(theirs)
+        if stage.kind == "distill":
+            settings["yarn_original_length"] = self.recipe.yarn_original_length
+        return settings
+
+
+def evaluated(
     recipe: Recipe, models: dict[str, Path], work: Workload, run: Path, console: Console
 ) -> dict[str, dict[str, Any]]:
     """Evaluates the models that have no result yet; each model's result is a file of its own."""

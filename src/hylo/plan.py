@@ -14,6 +14,7 @@ from hylo.errors import HyloError
 from hylo.geometry import (
     cached_values_per_token,
     check_kv_ranks,
+    check_positions,
     complete_geometry,
     extra_values_per_token,
     geometry_in,
@@ -22,7 +23,7 @@ from hylo.geometry import (
     state_values,
 )
 from hylo.layout import layout_name, parse_layout
-from hylo.modeling.configuration import HyloConfig, KNorm
+from hylo.modeling.configuration import HyloConfig, KNorm, Positions
 
 BASE_KEYS = (  # of the base, that a hybrid's configuration keeps
     "vocab_size",
@@ -57,7 +58,7 @@ class Plan:
     """What `convert` makes of a base. `geometry`: HyloConfig's mixer fields; `dtype`: the weights' and the cache's.
 
     `k_norm` and `kv_lora_ranks` (a rank per layer, 0 where the layer is no MLA; None: the geometry's in all) are
-    HyloConfig's `mla_k_norm` and `kv_lora_ranks`.
+    HyloConfig's `mla_k_norm` and `kv_lora_ranks`, `positions` and `attention_gate` are its own.
     """
 
     base: Path
@@ -69,6 +70,8 @@ class Plan:
     layers: list[LayerPlan]
     k_norm: KNorm = "exact"
     kv_lora_ranks: list[int] | None = None
+    positions: Positions = "rope"
+    attention_gate: bool = False
 
     @property
     def layout(self) -> str:
@@ -133,6 +136,8 @@ class Plan:
             "geometry": dict(self.geometry),
             "k_norm": self.k_norm,
             "kv_lora_ranks": self.kv_lora_ranks,
+            "positions": self.positions,
+            "attention_gate": self.attention_gate,
             "layers": [
                 {
                     "index": layer.index,
@@ -165,6 +170,9 @@ class Plan:
         console.print(table)
         geometry = ", ".join(f"{key} {value}" for key, value in self._used_geometry().items())
         console.print(f"geometry: {geometry}" if geometry else "geometry: the base's")
+        if self.positions != "rope" or self.attention_gate:
+            gate = ", MLA's output gated" if self.attention_gate else ""
+            console.print(f"positions: {self.positions}{gate}")
         untied = f" ({self.parameters_untied:,} with the tied head counted apart)"
         console.print(
             f"parameters: {self.parameters:,}{untied if self.base_config.tie_word_embeddings else ''}; "
@@ -183,6 +191,7 @@ class Plan:
             "mla": ("kv_", "q_", "qk_", "v_"),
             "gated_deltanet": ("gdn_", "conv_"),
             "mamba2": ("mamba_", "conv_"),
+            "kda": ("kda_", "conv_"),
         }
         used = tuple(prefix for mixer in set(self.mixers) for prefix in prefixes.get(mixer, ()))
         figures: dict[str, int | str] = {key: n for key, n in self.geometry.items() if used and key.startswith(used)}
@@ -200,13 +209,16 @@ def make_plan(
     state_dtype: str = "float32",
     k_norm: KNorm = "exact",
     kv_lora_ranks: Sequence[int] | None = None,
+    positions: Positions = "rope",
+    attention_gate: bool = False,
 ) -> Plan:
     """Plans the conversion of the base directory `base`, of which only config.json is read.
 
     `mla_layers`: where the A or MLA layers stand. `geometry`: overrides of `default_geometry`. `dtype` (default: the
     base's) sets the bytes of the KV cache and convolution columns, `state_dtype` those of the recurrent state.
     `k_norm` (Qwen3): whether MLA keeps the key norm or has it folded into its weights. `kv_lora_ranks`: a rank per
-    layer, of which only the MLA layers' count. Raises HyloError for a base, layout, geometry or rank that does not fit.
+    layer, of which only the MLA layers' count. `positions` and `attention_gate`: see HyloConfig. Raises HyloError for a
+    base, layout, geometry or rank that does not fit, and for a gate without MLA.
     """
     config = read_base_config(base)
     mixers = parse_layout(layout, config.num_hidden_layers, mla_layers)
@@ -214,7 +226,11 @@ def make_plan(
     if k_norm not in get_args(KNorm):
         raise HyloError(f"k norm {k_norm} is not known; choose one of {', '.join(get_args(KNorm))}")
     ranks = None if kv_lora_ranks is None else check_kv_ranks(config, mixers, full, kv_lora_ranks)
-    return _plan(base, config, mixers, full, dtype or dtype_of(config), state_dtype, k_norm, ranks)
+    check_positions(mixers, full, positions)
+    if attention_gate and "mla" not in mixers:
+        raise HyloError(f"the attention gate is for MLA layers, and layout {layout} has none; leave it out")
+    options = k_norm, ranks, positions, attention_gate
+    return _plan(base, config, mixers, full, dtype or dtype_of(config), state_dtype, *options)
 
 
 def plan_of(directory: Path, config: HyloConfig, dtype: str, state_dtype: str = "float32") -> Plan:
@@ -222,7 +238,8 @@ def plan_of(directory: Path, config: HyloConfig, dtype: str, state_dtype: str = 
     base = BASES[config.base_model_type][0](**{key: getattr(config, key) for key in BASE_KEYS})
     geometry = geometry_in(config)
     check_dtype(state_dtype)
-    return _plan(directory, base, config.mixers, geometry, dtype, state_dtype, config.mla_k_norm, config.kv_lora_ranks)
+    options = config.mla_k_norm, config.kv_lora_ranks, config.positions, config.attention_gate
+    return _plan(directory, base, config.mixers, geometry, dtype, state_dtype, *options)
 
 
 def _plan(
@@ -234,12 +251,14 @@ def _plan(
     state_dtype: str,
     k_norm: KNorm,
     ranks: list[int] | None,
+    positions: Positions,
+    attention_gate: bool,
 ) -> Plan:
     value_bytes, state_bytes = check_dtype(dtype).itemsize, check_dtype(state_dtype).itemsize
 
     def layer(index: int, mixer: str) -> LayerPlan:
         own = geometry if ranks is None else geometry | {"kv_lora_rank": ranks[index]}
-        parameters = mixer_parameters(config, mixer, own, k_norm)
+        parameters = mixer_parameters(config, mixer, own, k_norm, attention_gate)
         state, columns = state_values(mixer, own)
         return LayerPlan(
             index,
@@ -252,4 +271,5 @@ def _plan(
         )
 
     layers = [layer(index, mixer) for index, mixer in enumerate(mixers)]
-    return Plan(base, config, mixers, geometry, dtype, state_dtype, layers, k_norm, ranks)
+    options = k_norm, ranks, positions, attention_gate
+    return Plan(base, config, mixers, geometry, dtype, state_dtype, layers, *options)

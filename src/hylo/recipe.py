@@ -1,7 +1,9 @@
 """The schema of a recipe: one YAML file that takes a base checkpoint through its stages to an evaluated hybrid."""
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -9,11 +11,20 @@ from hylo.convert import Init, LinearInit, RopeKey
 from hylo.data.settings import Data
 from hylo.distill.settings import Stage
 from hylo.errors import HyloError
-from hylo.modeling.configuration import KNorm
+from hylo.modeling.configuration import KNorm, Positions
 from hylo.recipe_files import MODELS, dump_yaml, is_hub_name, read_values, snapshot
 
 Length = Annotated[int, Field(gt=0)]
-OWN = ("converted", "control", "no_alignment", "evaluations", "caches", "data")  # a run's other directories
+# A run's other directories.
+OWN = ("converted", "stretched", "control", "no_alignment", "evaluations", "caches", "data")
+# What the paper and its released models have where this project's defaults differ; docs/evidence.md has the reasons.
+PUBLISHED = {
+    "init": "recipe",
+    "rope_key": "mean",
+    "linear_init": "recipe",
+    "calibration_tokens": 0,
+    "data.boundaries": False,
+}
 
 
 class Evaluation(BaseModel):
@@ -44,6 +55,8 @@ class Recipe(BaseModel):
     init: Init = "pairs-fast"
     rope_key: RopeKey | None = None
     k_norm: KNorm = "exact"
+    positions: Positions = Field("rope", description="none: attention rotates nothing; hype: linear blocks do instead")
+    attention_gate: bool = Field(False, description="MLA's output through a sigmoid gate")
     rank: int | str | None = Field(None, description="kv_lora_rank: a number, or energy=0.95 for each layer's own")
     linear_init: LinearInit | None = None
     linear_fraction: float | None = Field(None, gt=0)
@@ -54,15 +67,26 @@ class Recipe(BaseModel):
     data: Data
     yarn_original_length: Length = Field(description="context above which YaRN stretches the MLA layers' positions")
     stages: list[Stage] = Field(min_length=1)
+    stretch: Length | None = Field(None, description="after them, untrained: the context, and YaRN, as of this length")
     evaluate: Evaluation
     controls: bool = Field(False, description="also train a random-mixer control and one without alignment")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of what is drawn at random, in the stages too that name no other")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_seed(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(stages := values.get("stages"), list):
+            return values
+        seed = {"seed": values.get("seed", 0)}
+        return values | {"stages": [seed | stage if isinstance(stage, dict) else stage for stage in stages]}
 
     @model_validator(mode="after")
     def _stages_agree(self) -> "Recipe":
         longest, others, names = 0, "", dict[str, int]()
         for i, stage in enumerate(self.stages):
             at = f"stages.{i}"
+            if stage.yarn_factor is not None and self.positions != "rope":
+                raise ValueError(f"{at}.yarn_factor: positions {self.positions} have nothing to stretch; leave it out")
             if stage.directory in OWN:
                 raise ValueError(f"{at}.name: a run calls another directory {stage.directory}; choose another name")
             if stage.directory in names:
@@ -78,6 +102,8 @@ class Recipe(BaseModel):
                 if stage.length < longest:
                     raise ValueError(f"{at}.length: {stage.length} after {longest}; lengths must not fall")
                 longest = stage.length
+        if self.stretch is not None and self.stretch < longest:
+            raise ValueError(f"stretch: {self.stretch} after {longest}; lengths must not fall")
         self.parts()
         return self
 
@@ -125,18 +151,25 @@ class Recipe(BaseModel):
         return self.model_copy(update=update)
 
 
-def read_recipe(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+def read_recipe(path: Path, overrides: Sequence[str] = (), folder: Path | None = None) -> Recipe:
     """Reads and checks a recipe, with `a.b=c` of `overrides` set; what it `extends` is read first.
 
+    Relative paths in `overrides` are taken from `folder`, or else from the recipe's own.
     HyloError names every unknown key and bad value with its path, in one line.
     """
-    values = read_values(path, overrides)
+    values = read_values(path, overrides, folder)
     if not values:
         raise HyloError(f"recipe {path} holds no keys; write at least {', '.join(required_keys())}")
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise HyloError(f"recipe {path}: {_one_line(error)}") from None
+        raise HyloError(f"recipe {path}: {one_line(error)}") from None
+
+
+def overrides_of(settings: Mapping[str, Any], as_published: bool = False) -> list[str]:
+    """Keys and values as `read_recipe` takes them, after the published ones if those are asked for."""
+    both = (PUBLISHED if as_published else {}) | dict(settings)
+    return [f"{key}={json.dumps(value)}" for key, value in both.items()]
 
 
 def parse_rank(rank: int | str | None) -> tuple[int | None, float | None]:
@@ -160,7 +193,7 @@ def dump_recipe(recipe: Recipe) -> str:
     return dump_yaml(recipe.model_dump(mode="json"))
 
 
-def _one_line(error: ValidationError) -> str:
+def one_line(error: ValidationError) -> str:
     """Each problem as `path.to.key: what is wrong`."""
     problems = []
     for item in error.errors():

@@ -5,6 +5,7 @@ lists too, is replaced. A model is a directory, or a name on the Hugging Face Hu
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,33 @@ MODELS = ("base", "teacher")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def read_values(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+def read_values(path: Path, overrides: Sequence[str] = (), folder: Path | None = None) -> dict[str, Any]:
     """The keys of the recipe in `path` over those of what it extends, with every `a.b=c` of `overrides` set; no nulls.
 
+    Relative paths in `overrides` are taken from `folder`, or else from the recipe's own.
     Raises HyloError, in one line, for a file that is missing or no mapping, for a circle, and for what cannot be set.
     """
     values = _merged(path, ())
     if values:
         for override in overrides:
             _set(values, override)
-        _absolute(values, path.parent)  # what the command line has set
+        _absolute(values, folder or path.parent)  # what the command line has set
     return _without_nulls(values)
+
+
+def read_yaml(path: Path, what: str, asked: str = "") -> dict[str, Any]:
+    """The keys of a YAML file; HyloError, in one line, where it has none. `what` it is, and who `asked` for it."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise HyloError(f"{what} {path}{asked} does not exist; check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise HyloError(f"{what} {path}{asked} cannot be read ({error}); check the file") from error
+    except yaml.YAMLError as error:
+        raise HyloError(f"{what} {path} is not YAML ({' '.join(str(error).split())}); mend the file") from error
+    if values is not None and not isinstance(values, dict):
+        raise HyloError(f"{what} {path} holds no keys; write a mapping such as `base: ...`")
+    return values or {}
 
 
 def dump_yaml(values: dict[str, Any]) -> str:
@@ -60,7 +77,7 @@ def _merged(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     if path in children:
         circle = " extends ".join(str(file) for file in (*children[children.index(path) :], path))
         raise HyloError(f"recipe {circle}: a circle; remove one `extends`")
-    values = _read(path, children)
+    values = read_yaml(path, "recipe", f", which {children[-1]} extends," if children else "")
     _absolute(values, path.parent)
     parent = values.pop("extends", None)
     if parent is None:
@@ -68,21 +85,6 @@ def _merged(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(parent, str):
         raise HyloError(f"recipe {path}: extends: {parent!r} is no path; write that of one recipe")
     return _merge(_merged(path.parent / parent, (*children, path)), values)
-
-
-def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
-    asked = f", which {children[-1]} extends," if children else ""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise HyloError(f"recipe {path}{asked} does not exist; check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise HyloError(f"recipe {path}{asked} cannot be read ({error}); check the file") from error
-    except yaml.YAMLError as error:
-        raise HyloError(f"recipe {path} is not YAML ({' '.join(str(error).split())}); mend the file") from error
-    if values is not None and not isinstance(values, dict):
-        raise HyloError(f"recipe {path} holds no keys; write a mapping such as `base: ...`")
-    return values or {}
 
 
 def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def files(directory: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("init", ["pairs-fast", "pairs-best"])
 @pytest.mark.parametrize("mixer", ["attention", "mla"])
-@pytest.mark.parametrize("linear", ["gated_deltanet", "mamba2"])
+@pytest.mark.parametrize("linear", ["gated_deltanet", "mamba2", "kda"])
 def test_picks_what_conversion_writes_at_once(write_base: WriteBase, linear: str, mixer: str, init: str) -> None:
     base = write_base("qwen3")
     growing = converted(base, f"3{LETTER[mixer]}", "growing", init)

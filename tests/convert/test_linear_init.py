@@ -4,70 +4,19 @@ import dataclasses
 
 import pytest
 import torch
-from torch import Tensor, nn
+from linear_blocks import D_HEAD, NORM, D, H, K, attention, config, per_head, same_direction, sample_of, state
+from torch import nn
 
-from hylo.convert import BaseAttention
-from hylo.convert.calibration import LayerSample
-from hylo.convert.linear import fill_gated_deltanet, fill_mamba2, share_heads, share_values
+from hylo.convert.kda import fill_kda
+from hylo.convert.linear import fill_gated_deltanet, fill_mamba2
 from hylo.convert.linear_fit import look_back, outputs_of, steady_direction, step_for
-from hylo.modeling import HyloConfig
+from hylo.convert.rows import share_heads, share_values
 from hylo.modeling.gated_deltanet import GatedDeltaNet
+from hylo.modeling.kda import KimiDeltaAttention
 from hylo.modeling.mamba2 import Mamba2
 
-H, K, D_HEAD, D = 4, 2, 8, 24
-NORM = torch.linspace(0.5, 1.5, D)
-FILLS = {GatedDeltaNet: fill_gated_deltanet, Mamba2: fill_mamba2}
+FILLS = {GatedDeltaNet: fill_gated_deltanet, Mamba2: fill_mamba2, KimiDeltaAttention: fill_kda}
 BLOCKS = list(FILLS)
-
-
-def attention(norms: bool = False, biases: bool = False) -> BaseAttention:
-    shapes = ((H, D_HEAD, D), (K, D_HEAD, D), (K, D_HEAD, D), (D, H, D_HEAD))
-    return BaseAttention(
-        *(torch.randn(shape) / 4 for shape in shapes),
-        *((torch.rand(D_HEAD), torch.rand(D_HEAD)) if norms else (None, None)),
-        *((torch.randn(heads, D_HEAD) for heads in (H, K, K)) if biases else (None, None, None)),
-    )
-
-
-def sample_of(base: BaseAttention, sequences: int = 4, tokens: int = 20) -> LayerSample:
-    """The attention, without rotation and norms, over inputs that have a mean, as those of trained models do."""
-    x = torch.randn(sequences, tokens, D) + 1.5 * torch.randn(D)
-    x = NORM * nn.functional.rms_norm(x, (D,))
-    biases = (base.q_bias, base.k_bias, base.v_bias)
-    q, k, v = (
-        torch.einsum("btx,hdx->bthd", x, rows) + (0 if bias is None else bias)
-        for rows, bias in zip((base.q, base.k, base.v), biases, strict=True)
-    )
-    context = nn.functional.scaled_dot_product_attention(
-        *(t.transpose(1, 2) for t in (q, k, v)), is_causal=True, enable_gqa=True
-    ).transpose(1, 2)
-    return LayerSample(x, torch.einsum("bthd,xhd->btx", context, base.o), context, q, k, D_HEAD**-0.5)
-
-
-def config(**fields: int) -> HyloConfig:
-    mamba = {
-        "mamba_d_state": D_HEAD,
-        "mamba_head_dim": D_HEAD,
-        "mamba_num_heads": H,
-        "mamba_d_inner": H * D_HEAD,
-        "mamba_d_xb": K * D_HEAD,
-        "gdn_num_heads": 2,
-        "gdn_head_dim": 8,
-    }
-    return HyloConfig(hidden_size=D, num_hidden_layers=1, mixers=["gated_deltanet"], **mamba | fields)
-
-
-def state(mixer: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in mixer.state_dict().items()}
-
-
-def per_head(weight: Tensor, heads: int) -> Tensor:
-    return weight.unflatten(0, (heads, -1))
-
-
-def same_direction(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether ours is theirs times a positive number."""
-    return torch.allclose(ours / ours.norm(), theirs / theirs.norm(), atol=1e-6)
 
 
 def test_recipe_copies_top_left_overlaps_into_gated_deltanet() -> None:
@@ -180,6 +129,8 @@ def test_other_widths_take_what_overlaps(linear_init: str) -> None:
         {"gdn_num_heads": 1, "gdn_head_dim": 20},
         {"mamba_head_dim": 4, "mamba_d_state": 12, "mamba_num_heads": 6, "mamba_d_inner": 24, "mamba_d_xb": 8},
         {"mamba_d_state": 4, "mamba_num_heads": 2, "mamba_head_dim": 16},
+        {"kda_num_heads": 2, "kda_head_dim": 16},
+        {"kda_num_heads": 5, "kda_head_dim": 6},
     ],
 )
 @pytest.mark.parametrize("block", BLOCKS)
@@ -295,10 +246,10 @@ def test_half_life_is_the_look_back(block: type[nn.Module]) -> None:
     layer = sample_of(base)
     mixer = block(config(gdn_num_heads=4), 0)
     FILLS[block](mixer, base, "calibrated", layer, NORM)
-    decay = torch.exp(-mixer.A_log.exp() * nn.functional.softplus(mixer.dt_bias))
-    torch.testing.assert_close(decay ** look_back(layer), torch.full((H,), 0.5))
-    rows = mixer.a_proj.weight if isinstance(mixer, GatedDeltaNet) else mixer.in_proj.weight[-H:]
-    assert not rows.any()
+    decay = torch.exp(-mixer.A_log.exp()[:, None] * nn.functional.softplus(mixer.dt_bias).unflatten(0, (H, -1)))
+    torch.testing.assert_close(decay ** look_back(layer)[:, None], torch.full(decay.shape, 0.5))
+    part = {GatedDeltaNet: "a_proj", Mamba2: "in_proj", KimiDeltaAttention: "f_b_proj"}[block]
+    assert not mixer.get_submodule(part).weight[-H:].any()
     assert step_for(torch.tensor([1e9, 0.01])).tolist() == pytest.approx([1e-3, 5])
 
 
@@ -323,7 +274,7 @@ def test_fit_lowers_the_error_and_follows_the_seed(block: type[nn.Module]) -> No
     (first, trained), (second, again), (untrained, start) = fits
     assert first == second and first.before == untrained.after and first.after < 0.98 * first.before
     assert all(torch.equal(trained[name], again[name]) for name in trained)
-    frozen = "o_proj.weight" if block is GatedDeltaNet else "out_proj.weight"
+    frozen = "out_proj.weight" if block is Mamba2 else "o_proj.weight"
     for name in trained:
         moved = (trained[name] - start[name]).abs().max().item()
         assert (moved == 0) == (name == frozen), name

@@ -250,3 +250,26 @@ def test_bad_inputs_are_named(
     (tmp_path / "there").mkdir()
     with pytest.raises(HyloError, match="exists already"):
         align(base_directory, student_directory, tmp_path / "there", rows, training())
+
+
+def test_each_term_of_the_loss_alone(
+    base: LlamaForCausalLM, build_student: BuildStudent, tmp_path: Path, rows: Rows, training: MakeTraining
+) -> None:
+    """The mixer's term reaches the mixer and the norm before it, the hidden one the MLP too; together they add up."""
+    student = build_student(base, ["gated_deltanet", "mla", "mamba2"])
+    with torch.no_grad():
+        states = TeacherLayers(base)({"input_ids": torch.randint(0, 64, (2, 16))})
+    losses = {terms: LayerAlignment(student, range(3), terms)(1, states[1]) for terms in ("hidden", "mixer")}
+    both = LayerAlignment(student, range(3))(1, states[1])
+    torch.testing.assert_close(both, losses["hidden"] + losses["mixer"])
+    losses["mixer"].backward()
+    layer = student.model.layers[1]
+    assert layer.mlp.up_proj.weight.grad is None and layer.mixer.o_proj.weight.grad is not None
+    losses["hidden"].backward()
+    assert layer.mlp.up_proj.weight.grad is not None
+
+    alone = build_student(base, ["gated_deltanet", "mla", "mamba2"])
+    before = {name: tensor.clone() for name, tensor in alone.state_dict().items()}
+    train(LayerAlignment(alone, range(3), "mixer"), base, rows, training(), tmp_path / "run")
+    changed = {name for name, tensor in alone.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed and all("mixer." in name or "input_layernorm" in name for name in changed)

@@ -96,6 +96,13 @@ def test_a_decay_that_overflows_is_named(train: Any, student: HyloForCausalLM, l
     assert f"model.layers.{layer}.mixer" in message and "A_log" in message, kind
 
 
+def test_a_decay_of_kda_s_that_overflows_is_named(train: Any, base: LlamaForCausalLM, build_student: Any) -> None:
+    student = build_student(base, ["mla", "kda", "mla"])
+    student.model.layers[1].mixer.A_log.data[1] = 200.0
+    message = refused(train, student)
+    assert "the decay of model.layers.1.mixer is" in message and "A_log reaches 200" in message
+
+
 @pytest.mark.parametrize("part", ["a_proj", "b_proj"])
 def test_a_gate_that_overflows_is_named(train: Any, student: HyloForCausalLM, part: str) -> None:
     student.model.layers[0].mixer.get_submodule(part).weight.data.fill_(3e38)

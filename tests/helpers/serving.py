@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from hylo import HyloConfig, HyloForCausalLM
 
 VOCAB = 512
-MIXERS = {"m": "mla", "g": "gated_deltanet", "s": "mamba2", "a": "attention"}
+MIXERS = {"m": "mla", "g": "gated_deltanet", "s": "mamba2", "k": "kda", "a": "attention"}
 LENGTHS = (7, 33, 150, 1, 129, 70)
 NEW = 64  # tokens of an answer
 CLOSE = 1e-4  # between log-probabilities
@@ -23,7 +23,7 @@ Answer = tuple[list[int], torch.Tensor]  # tokens, and log-probabilities (tokens
 
 
 def write_hybrid(directory: Path, layout: str, **figures: Any) -> Path:
-    """A random model of a few layers, m g s or a each, whose greedy answers keep changing."""
+    """A random model of a few layers, m g s k or a each, whose greedy answers keep changing."""
     mixers = [MIXERS[letter] for letter in layout]
     sizes: dict[str, Any] = {
         "vocab_size": VOCAB,
@@ -39,6 +39,8 @@ def write_hybrid(directory: Path, layout: str, **figures: Any) -> Path:
         "v_head_dim": 32,
         "gdn_num_heads": 2,
         "gdn_head_dim": 32,
+        "kda_num_heads": 4,
+        "kda_head_dim": 32,
         "mamba_d_state": 32,
         "mamba_head_dim": 32,
         "mamba_num_heads": 4,

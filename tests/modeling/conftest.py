@@ -31,6 +31,8 @@ def tiny_config(mixers: list[str], **changes: Any) -> HyloConfig:
         "mamba_num_heads": 4,
         "mamba_d_inner": 64,
         "mamba_d_xb": 32,
+        "kda_num_heads": 2,
+        "kda_head_dim": 12,
         "initializer_range": 0.2,
         "pad_token_id": 0,
     }

@@ -17,6 +17,8 @@ MODELS = {
     "mla-qwen3": (["mla"] * 2, QWEN),
     "gated_deltanet": (["gated_deltanet"] * 2, {}),
     "mamba2": (["mamba2"] * 2, {}),
+    "kda": (["kda"] * 2, {}),
+    "mla-kda": (["mla", "kda", "kda"], {}),
     "linear-mixture": (["gated_deltanet", "mamba2", "gated_deltanet"], {}),
     "mla-gdn": (["gated_deltanet", "mla", "gated_deltanet", "mla"], {}),
     "mla-mamba2-qwen3": (["mla", "mamba2", "mla"], QWEN),

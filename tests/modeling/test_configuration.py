@@ -85,10 +85,10 @@ def test_parameters_of_the_published_models(
 
 
 def test_layer_types_follow_the_mixers(make_config: Callable[..., HyloConfig]) -> None:
-    config = make_config(["attention", "mla", "gated_deltanet", "mamba2"])
-    assert config.layer_types == ["full_attention", "full_attention", "linear_attention", "linear_attention"]
+    config = make_config(["attention", "mla", "gated_deltanet", "mamba2", "kda"])
+    assert config.layer_types == ["full_attention"] * 2 + ["linear_attention"] * 3
     assert HyloConfig(num_hidden_layers=2).mixers == ["attention", "attention"]
-    assert HyloConfig(**config.to_dict(), layer_types=["full_attention"] * 4).layer_types == config.layer_types
+    assert HyloConfig(**config.to_dict(), layer_types=["full_attention"] * 5).layer_types == config.layer_types
 
 
 @pytest.mark.parametrize("mixers", [["mla"], ["mla", "retention"]])

@@ -17,6 +17,7 @@ MODELS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "mla-qwen3": (["mla"] * 2, QWEN),
     "gated_deltanet": (["gated_deltanet"] * 2, {}),
     "mamba2": (["mamba2"] * 2, {}),
+    "kda": (["kda", "mla"], {"qkv_bias": True}),
     "linear-mixture": (["gated_deltanet", "mamba2"], {}),
     "all-four": (["mamba2", "attention", "gated_deltanet", "mla"], {"qkv_bias": True}),
 }

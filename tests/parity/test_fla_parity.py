@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hylo.ops import gated_delta, gated_delta_rule, kernels, ssd
+from hylo.ops import gated_delta, gated_delta_rule, kda, kernels, kimi_delta_rule, ssd
 
 pytest.importorskip("fla", reason="flash-linear-attention is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::RuntimeWarning")
@@ -33,6 +33,11 @@ def gated_delta_inputs(length: int, q_heads: int = 2, device: str = "cpu") -> di
         "initial_state": torch.randn(2, 2, 16, 32),
     }
     return {name: tensor.to(device).requires_grad_() for name, tensor in tensors.items()}
+
+
+def kimi_inputs(length: int, device: str = "cpu") -> dict[str, Tensor]:
+    inputs = gated_delta_inputs(length, device=device)
+    return inputs | {"g": (-F.softplus(2 * torch.randn(2, length, 2, 16))).to(device).requires_grad_()}
 
 
 def ssd_inputs(length: int, device: str = "cpu") -> dict[str, Tensor]:
@@ -78,6 +83,15 @@ def test_gated_delta_rule_is_their_reference(name: str) -> None:
     assert_same(ours, naive(**inputs, output_final_state=True), inputs)
 
 
+@pytest.mark.parametrize("name", ["naive_recurrent_kda", "naive_chunk_kda"])
+def test_kimi_delta_rule_is_their_reference(name: str) -> None:
+    naive = getattr(importlib.import_module("fla.ops.kda.naive"), name)
+    inputs = kimi_inputs(128)  # whole chunks, or their chunked one refuses; decays that it does not overflow with
+    inputs["g"] = (inputs["g"] / 8).detach().requires_grad_()
+    ours = kimi_delta_rule(**inputs, output_final_state=True)
+    assert_same(ours, naive(**inputs, output_final_state=True), inputs)
+
+
 def test_ssd_is_their_reference() -> None:
     naive = importlib.import_module("fla.ops.simple_gla.naive").naive_recurrent_simple_gla
     inputs = ssd_inputs(130)
@@ -93,7 +107,7 @@ def test_what_is_handed_over_fits_their_functions(length: int, grad: bool, monke
     def kernel(name: str, tensor: Tensor) -> Callable[..., Any]:
         module = importlib.import_module(kernels.MODULES[name])
         signature = inspect.signature(getattr(module, name))
-        naive_name = "naive_recurrent_simple_gla" if "simple" in name else "naive_recurrent_gated_delta_rule"
+        naive_name = f"naive_recurrent_{kernels.MODULES[name].rsplit('.', 1)[1]}"
         naive = getattr(importlib.import_module(f"{kernels.MODULES[name]}.naive"), naive_name)
 
         def run(**arguments: Any) -> tuple[Tensor, Tensor]:
@@ -112,32 +126,37 @@ def test_what_is_handed_over_fits_their_functions(length: int, grad: bool, monke
         return run
 
     with torch.set_grad_enabled(grad):
-        gated, state_space = gated_delta_inputs(length), ssd_inputs(length)
+        gated, kimi, state_space = gated_delta_inputs(length), kimi_inputs(length), ssd_inputs(length)
         expected = gated_delta_rule(**gated, use_qk_l2norm=True, output_final_state=True)
+        expected += kimi_delta_rule(**kimi, use_qk_l2norm=True, output_final_state=True)
         expected += ssd(**state_space, output_final_state=True)
         monkeypatch.setattr(gated_delta, "fla_kernel", kernel)
+        monkeypatch.setattr(kda, "fla_kernel", kernel)
         monkeypatch.setitem(ssd.__globals__, "fla_kernel", kernel)
         handed = gated_delta_rule(**gated, use_qk_l2norm=True, output_final_state=True)
+        handed += kimi_delta_rule(**kimi, use_qk_l2norm=True, output_final_state=True)
         handed += ssd(**state_space, output_final_state=True)
     for mine, reference in zip(handed, expected, strict=True):
         torch.testing.assert_close(mine, reference, atol=1e-4, rtol=1e-4)
     first = "fused_recurrent" if length == 1 and not grad else "chunk"
-    assert asked[0] == f"{first}_gated_delta_rule"
+    assert asked[:2] == [f"{first}_gated_delta_rule", f"{first}_kda"]
 
 
 @torch.no_grad()
 @pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs TRITON_INTERPRET=1 or a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("q_heads", [1, 2])
-def test_their_one_token_kernel(q_heads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", ["shared heads", "gated delta", "kimi delta"])
+def test_their_one_token_kernels(case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    inputs = gated_delta_inputs(1, q_heads, device)
+    ours, run = (kda, kimi_delta_rule) if case == "kimi delta" else (gated_delta, gated_delta_rule)
+    heads = 1 if case == "shared heads" else 2
+    inputs = kimi_inputs(1, device) if case == "kimi delta" else gated_delta_inputs(1, heads, device)
     inputs |= {name: inputs[name].to(dtype) for name in "qkv"}
     monkeypatch.setattr(kernels, "FORCED", "torch")
-    expected = gated_delta_rule(**inputs, use_qk_l2norm=True, output_final_state=True)
-    module = importlib.import_module("fla.ops.gated_delta_rule")
-    monkeypatch.setattr(gated_delta, "fla_kernel", lambda name, tensor: getattr(module, name))
-    handed = gated_delta_rule(**inputs, use_qk_l2norm=True, output_final_state=True)
+    expected = run(**inputs, use_qk_l2norm=True, output_final_state=True)
+    their = importlib.import_module
+    monkeypatch.setattr(ours, "fla_kernel", lambda name, tensor: getattr(their(kernels.MODULES[name]), name))
+    handed = run(**inputs, use_qk_l2norm=True, output_final_state=True)
     assert handed[0].dtype == dtype and handed[1].dtype == torch.float32
     for mine, reference in zip(handed, expected, strict=True):
         torch.testing.assert_close(mine, reference, atol=1e-5, rtol=1e-5 if dtype == torch.float32 else 1e-2)
@@ -148,7 +167,8 @@ def test_their_one_token_kernel(q_heads: int, dtype: torch.dtype, monkeypatch: p
 def test_their_chunked_kernels(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16, as training has it: forward and gradients against torch's operations in float64."""
     bounds = torch.tensor([0, 100, 101, 300]) if packed else None
-    for run, make in ((gated_delta_rule, gated_delta_inputs), (ssd, ssd_inputs)):
+    cases = ((gated_delta_rule, gated_delta_inputs), (kimi_delta_rule, kimi_inputs), (ssd, ssd_inputs))
+    for run, make in cases:
         inputs = {name: tensor.detach() for name, tensor in make(300, device="cuda").items()}
         if packed:
             inputs = {n: t[:1] if t.ndim > 1 else t for n, t in inputs.items() if n != "initial_state"}

@@ -54,7 +54,10 @@ def served(planned: Any) -> Any:
     return serve
 
 
-@pytest.mark.parametrize("layout", ["4MLA12GDN", "8MLA8M2", "8A8GDN", "16MLA", "16GDN", "16M2", "16A"])
+LAYOUTS = ["4MLA12GDN", "8MLA8M2", "4MLA12KDA", "8A8GDN", "16MLA", "16GDN", "16M2", "16KDA", "16A"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 def test_cache_is_as_planned(planned: Any, served: Any, layout: str, tensor_parallel: int) -> None:
     plan, serving = planned(LLAMA_1B, layout), served(LLAMA_1B, layout, tensor_parallel=tensor_parallel)
@@ -151,7 +154,7 @@ def test_ranks_are_padded_to_the_largest(planned: Any) -> None:
     assert any("kv_lora_ranks" in line for line in uneven.warnings)
 
 
-@pytest.mark.parametrize("layout", ["4MLA12GDN", "8MLA8M2", "16A", "16GDN"])
+@pytest.mark.parametrize("layout", ["4MLA12GDN", "8MLA8M2", "4MLA12KDA", "16A", "16GDN"])
 def test_weights(planned: Any, served: Any, layout: str) -> None:
     """The parameters, MLA's up-projection of 8 kv heads repeated to 32 heads; two devices cut all but what is small."""
     plan = planned(LLAMA_1B, layout)
@@ -160,7 +163,8 @@ def test_weights(planned: Any, served: Any, layout: str) -> None:
     assert one == 2 * (plan.parameters + repeated)
     whole = 2 * two - one
     down_projections = plan.mixers.count("mla") * (1344 + 128 + 32) * 2048
-    norms = 33 * 2048 + plan.mixers.count("gated_deltanet") * 512
+    down_projections += plan.mixers.count("kda") * 2 * 64 * 2048
+    norms = 33 * 2048 + plan.mixers.count("gated_deltanet") * 512 + plan.mixers.count("kda") * 64
     assert whole == 2 * (down_projections + norms)
 
 
@@ -230,6 +234,9 @@ def test_refusals(served: Any) -> None:
     mixed = HyloConfig(mixers=["mla", "attention"], num_hidden_layers=2)
     with pytest.raises(HyloError, match="MLA and the base's attention in one model"):
         plan_serving(mixed, dtype="bfloat16")
+    with pytest.raises(HyloError, match="KDA has states in float32 on GPUs, not in bfloat16"):
+        served(LLAMA_1B, "4MLA12KDA", state_dtype="bfloat16")
+    assert served(LLAMA_1B, "4MLA12KDA", state_dtype="bfloat16", platform="cpu").state_dtype == "bfloat16"
     exact = HyloConfig(mixers=["mla"], num_hidden_layers=1, qk_norm=True)
     with pytest.raises(HyloError, match="--k-norm folded"):
         plan_serving(exact, dtype="bfloat16")

@@ -33,6 +33,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "all mla": ("mmm", {}),
     "all gated delta": ("ggg", {}),
     "all mamba-2": ("sss", {}),
+    "mla and kda": ("mkmk", {}),
+    "all kda": ("kkk", {}),
+    "attention and kda": ("akak", {}),
+    "all linear blocks": ("mgsk", {}),
+    "kda with biases": ("kmk", QWEN2),
     "attention and gated delta": ("agag", {}),
     "attention and mamba-2": ("asas", {}),
     "attention": ("aaa", {}),
@@ -43,6 +48,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "biases in attention": ("ag", QWEN2),
     "frequencies by layer": ("mgm", {"mla_inv_freq": [FAST, None, [f * 0.9 for f in FAST]]}),
     "ranks by layer, yarn": ("mgm", {"kv_lora_ranks": [48, 0, 32], "mla_rope_parameters": YARN}),
+    "no positions": ("mgm", {"positions": "none"}),
+    "no positions in attention": ("ag", {"positions": "none"}),
+    "gated attention": ("mgm", {**QWEN2, "attention_gate": True}),
     "latent 128 + 32": ("mg", {"head_dim": 64, "kv_lora_rank": 128, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32}),
     "latent 128 + 64": ("mg", {**WIDE, "kv_lora_rank": 128, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64}),
     "latent 256 + 64": ("mg", {**WIDE, "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64}),
@@ -62,7 +70,7 @@ def test_answers_are_those_of_generate(case: str, tmp_path: Path) -> None:
         assert_same(ask(llm, questions), expected)
         again = ask(llm, questions)
         assert_same(again, expected)
-        if layout not in ("ggg", "sss"):
+        if layout not in ("ggg", "sss", "kkk"):
             assert sum(answer.num_cached_tokens for answer in again) > 0
         assert_as_planned(llm, HyloConfig.from_pretrained(directory))
 
@@ -78,7 +86,7 @@ def assert_as_planned(llm: Any, config: HyloConfig) -> None:
     assert cache.num_blocks == plan.num_blocks
 
 
-@pytest.mark.parametrize("layout", ["mgms", "mm", "as"])
+@pytest.mark.parametrize("layout", ["mgms", "mm", "as", "mk"])
 def test_chunks_of_prompts(layout: str, tmp_path: Path) -> None:
     directory = write_hybrid(tmp_path / "model", layout)
     questions = prompts((150, 7, 129, 200, 49, 33))

@@ -47,6 +47,8 @@ LLAMA_1B = {
     "mamba_num_heads": 32,
     "mamba_d_inner": 2048,
     "mamba_d_xb": 512,
+    "kda_num_heads": 32,
+    "kda_head_dim": 64,
     "max_position_embeddings": 65536,
 }
 LLAMA_3B = LLAMA_1B | {
@@ -63,10 +65,12 @@ LLAMA_3B = LLAMA_1B | {
     "mamba_num_heads": 24,
     "mamba_d_inner": 3072,
     "mamba_d_xb": 1024,
+    "kda_num_heads": 24,
+    "kda_head_dim": 128,
     "max_position_embeddings": 2**21,
 }
 TINY: dict[str, Any] = {"max_position_embeddings": 4096}  # HyloConfig's own widths
-MLA, GDN, M2, A = "mla", "gated_deltanet", "mamba2", "attention"
+MLA, GDN, M2, KDA, A = "mla", "gated_deltanet", "mamba2", "kda", "attention"
 CASES = {
     "1B 4MLA12GDN": (LLAMA_1B, [MLA] * 4 + [GDN] * 12, {}),
     "1B 4MLA12GDN, bf16 state": (LLAMA_1B, [MLA] * 4 + [GDN] * 12, {"state_dtype": "bfloat16"}),
@@ -74,6 +78,9 @@ CASES = {
     "1B 4MLA12GDN, prefix caching": (LLAMA_1B, [MLA] * 4 + [GDN] * 12, {"prefix_caching": True}),
     "1B 8MLA8M2": (LLAMA_1B, [MLA, M2] * 8, {}),
     "1B 8MLA8M2 on two": (LLAMA_1B, [MLA, M2] * 8, {"tensor_parallel": 2}),
+    "1B 4MLA12KDA": (LLAMA_1B, [MLA] * 4 + [KDA] * 12, {}),
+    "1B all KDA": (LLAMA_1B, [KDA] * 16, {}),
+    "3B 6MLA22KDA on eight": (LLAMA_3B, [MLA] * 6 + [KDA] * 22, {"tensor_parallel": 8}),
     "1B 8A8GDN": (LLAMA_1B, [A, GDN] * 8, {}),
     "1B 8A8GDN, blocks of 64 asked for": (LLAMA_1B, [A, GDN] * 8, {"block_size": 64}),
     "1B 8A8GDN on two": (LLAMA_1B, [A, GDN] * 8, {"tensor_parallel": 2}),
@@ -187,7 +194,7 @@ def engine_config(
         kernel = GPUKernel if on_gpu else LatentCPUBackend if latent else CPUAttentionBackend
         monkeypatch.setattr(ModelRegistry, "resolve_model_cls", lambda *_, **__: (HyloForCausalLM, None))
         monkeypatch.setattr(Platform, "_find_non_ssm_backends", classmethod(lambda *_: [kernel]))
-        if {GDN, M2} & set(config.mixers):
+        if {GDN, M2, KDA} & set(config.mixers):
             Platform._align_hybrid_block_size(engine, kernel)
     cache.mamba_block_size = cache.block_size if align else plan.max_model_len
     return engine
@@ -196,7 +203,11 @@ def engine_config(
 def layer_specs(config: HyloConfig, plan: ServePlan, engine: Any) -> dict[str, KVCacheSpec]:
     """What the plugin's layers announce."""
     cache, dtype = engine.cache_config, check_dtype(plan.dtype)
-    kinds = {GDN: MambaAttentionBackendEnum.GDN_ATTN, M2: MambaAttentionBackendEnum.MAMBA2}
+    kinds = {
+        GDN: MambaAttentionBackendEnum.GDN_ATTN,
+        M2: MambaAttentionBackendEnum.MAMBA2,
+        KDA: MambaAttentionBackendEnum.GDN_ATTN,
+    }
 
     def spec(mixer: str) -> KVCacheSpec:
         if mixer == MLA:

@@ -40,6 +40,10 @@ def test_latent_and_base_attention_in_one_model(tmp_path: Path) -> None:
     assert "cannot share vLLM's cache" in refusal(write_hybrid(tmp_path / "model", "mga"))
 
 
+def test_rotated_linear_blocks(tmp_path: Path) -> None:
+    assert "have no kernels in vLLM" in refusal(write_hybrid(tmp_path / "model", "mg", positions="hype"))
+
+
 @pytest.mark.parametrize("name", ["model.layers.1.mixer.k_proj.weight", "model.layers.0.mlp.up_proj.weight"])
 def test_a_missing_tensor(name: str, tmp_path: Path) -> None:
     """One of several that the engine fuses into one."""

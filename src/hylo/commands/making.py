@@ -10,11 +10,13 @@ from hylo.commands import shared
 from hylo.commands.shared import (
     BaseArgument,
     Dtype,
+    GateOption,
     GeometryOption,
     KNormOption,
     LayoutOption,
     OutArgument,
     PositionsOption,
+    TurnedOption,
     absent,
     geometry_of,
     indices,
@@ -36,6 +38,8 @@ def convert(
         typer.Option(help="the one rotated key, from the kv heads'; default pca, mean for recipe and on Qwen3"),
     ] = None,
     k_norm: KNormOption = "exact",
+    positions: TurnedOption = "rope",
+    attention_gate: GateOption = False,
     rank: Annotated[
         str | None, typer.Option(help="kv_lora_rank: a number, or energy=0.95 for each layer's own")
     ] = None,
@@ -74,7 +78,16 @@ def convert(
 
     number, energy = parse_rank(rank)
     figures = geometry_of(geometry) | ({} if number is None else {"kv_lora_rank": number})
-    result = make_plan(base, layout, indices(mla_layers), figures, dtype, k_norm=k_norm)
+    result = make_plan(
+        base,
+        layout,
+        indices(mla_layers),
+        figures,
+        dtype,
+        k_norm=k_norm,
+        positions=positions,
+        attention_gate=attention_gate,
+    )
     absent(out)
     ids = None
     if calibrate:  # what an evaluation would read is left out

@@ -9,11 +9,13 @@ import typer
 from hylo.commands import shared
 from hylo.commands.shared import (
     Dtype,
+    GateOption,
     GeometryOption,
     KNormOption,
     MaxModelLenOption,
     PositionsOption,
     TensorParallelOption,
+    TurnedOption,
     bytes_of,
     geometry_of,
     indices,
@@ -34,6 +36,8 @@ def plan(
     mla_layers: PositionsOption = None,
     geometry: GeometryOption = None,
     k_norm: KNormOption = "exact",
+    positions: TurnedOption = "rope",
+    attention_gate: GateOption = False,
     dtype: Annotated[Dtype | None, typer.Option(help="of weights and cache; the checkpoint's if left out")] = None,
     state_dtype: Annotated[Dtype, typer.Option(help="of the recurrent state")] = "float32",
     serve: Annotated[bool, typer.Option("--serve", help="also what vLLM will do with its memory")] = False,
@@ -50,15 +54,25 @@ def plan(
     if not serve and (memory, tensor_parallel, max_model_len, platform) != (None, 1, None, "cuda"):
         raise HyloError("--memory, --tensor-parallel, --max-model-len and --platform are a server's; add --serve")
     if is_hybrid(base):
-        if layout or mla_layers or geometry or k_norm != "exact":
+        if layout or mla_layers or geometry or (k_norm, positions, attention_gate) != ("exact", "rope", False):
             raise HyloError(
-                f"{base} is a hybrid, whose layout and geometry are settled; leave out --layout, --mla-layers, --set "
-                "and --k-norm, or give its base"
+                f"{base} is a hybrid, whose layout and geometry are settled; leave out --layout, --mla-layers, --set, "
+                "--k-norm, --positions and --attention-gate, or give its base"
             )
         result, config = _of_hybrid(base, dtype, state_dtype)
     else:
         result, config = _of_base(
-            base, layout, serve, indices(mla_layers), geometry_of(geometry), dtype, state_dtype, k_norm
+            base,
+            layout,
+            serve,
+            indices(mla_layers),
+            geometry_of(geometry),
+            dtype,
+            state_dtype,
+            k_norm,
+            None,
+            positions,
+            attention_gate,
         )
     served = None
     if serve:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from hylo.commands import shared
-from hylo.commands.shared import AsPublishedOption, TrackOption
+from hylo.commands.shared import TrackOption
 from hylo.errors import HyloError
 
 
@@ -20,7 +20,9 @@ def upcycle(
         list[str] | None,
         typer.Option("--set", help="KEY=VALUE over the recipe's, e.g. stages.0.tokens=1000; repeatable"),
     ] = None,
-    as_published: AsPublishedOption = False,
+    as_published: Annotated[
+        bool, typer.Option("--as-published", help="the paper's choices in place of this project's; --set comes after")
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="print plan, steps, schedules and memory, and stop; needs config.json only"),
@@ -29,10 +31,9 @@ def upcycle(
     track: TrackOption = None,
 ) -> None:
     """Runs a whole recipe: plan, convert, train every stage, evaluate, report."""
-    from hylo.recipe import read_recipe
+    from hylo.recipe import overrides_of, read_recipe
 
-    overrides = [*(settings or []), *(["data.boundaries=false"] if as_published else [])]
-    read = read_recipe(recipe, overrides)
+    read = read_recipe(recipe, overrides_of({}, as_published) + (settings or []))
     if dry_run:
         from hylo.dry_run import dry_run as show
 

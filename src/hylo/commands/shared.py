@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from hylo.errors import HyloError
-from hylo.modeling.configuration import KNorm
+from hylo.modeling.configuration import KNorm, Positions
 
 console = Console()  # looked up where it is used, so that a test can put its own here
 
@@ -23,6 +23,10 @@ LayoutOption = Annotated[str, typer.Option(help="e.g. 4MLA12GDN, 8MLA8M2, 8A8M2"
 PositionsOption = Annotated[str | None, typer.Option(help="indices of the MLA (or attention) layers, e.g. 1,5,10,14")]
 GeometryOption = Annotated[list[str] | None, typer.Option("--set", help="a figure of the mixers, e.g. gdn_num_heads=4")]
 KNormOption = Annotated[KNorm, typer.Option(help="Qwen3's key norm in MLA: kept, or its mean folded into the weights")]
+TurnedOption = Annotated[
+    Positions, typer.Option(help="none: attention rotates nothing; hype: linear blocks do instead")
+]
+GateOption = Annotated[bool, typer.Option("--attention-gate", help="MLA's output through a sigmoid gate")]
 AsPublishedOption = Annotated[
     bool, typer.Option("--as-published", help="rows without document boundaries, as the paper packed them")
 ]

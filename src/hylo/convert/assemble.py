@@ -20,8 +20,8 @@ from hylo.layout import is_attention_like
 from hylo.modeling import HyloConfig
 from hylo.modeling.loading import check_complete, checkpoint_shapes, read_configuration, read_hylo_config
 
-LINEAR_KEYS = tuple(key for key in KEYS if key.startswith(("conv_", "gdn_", "mamba_")))
-MLA_KEYS = (*(key for key in KEYS if key not in LINEAR_KEYS), "mla_k_norm", "mla_rope_parameters")
+LINEAR_KEYS = tuple(key for key in KEYS if key.startswith(("conv_", "gdn_", "mamba_", "kda_")))
+MLA_KEYS = (*(key for key in KEYS if key not in LINEAR_KEYS), "mla_k_norm", "mla_rope_parameters", "attention_gate")
 LAYER_KEYS = ("mixers", "mla_inv_freq", "kv_lora_ranks")  # an entry for every layer, or None
 FILE_KEYS = ("transformers_version", "architectures", "auto_map", "_name_or_path")
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
@@ -38,7 +38,7 @@ def assemble(
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes to the new directory `out` the hybrid whose `attention_layers` are those of `all_mla` (MLA, or the base's
-    own attention) and whose other layers are those of `all_linear` (Gated DeltaNet or Mamba-2).
+    own attention) and whose other layers are those of `all_linear` (Gated DeltaNet, Mamba-2 or KDA).
 
     The final norm goes with the last layer. `all_linear` may as well be a hybrid that has the layers in question.
     Weights are read and written tensor by tensor; memory holds the embedding and one shard.
@@ -46,7 +46,7 @@ def assemble(
     Raises HyloError for what is no complete hylo directory, for two that do not come from one base in one way, for
     layers that are not there or of the other kind, and for an `out` that exists.
     """
-    config = _hybrid_config(all_mla, all_linear, attention_layers)
+    config = hybrid_config(all_mla, all_linear, attention_layers)
     growing, linear = Weights(all_mla), Weights(all_linear)
     with complete_directory(out) as partial:
         for name in (EMBEDDING, HEAD):
@@ -96,7 +96,7 @@ def layer_of(name: str, config: HyloConfig) -> int | None:
     return int(name.split(".")[2]) if name.startswith("model.layers.") else None
 
 
-def _hybrid_config(all_mla: Path, all_linear: Path, attention_layers: Sequence[int]) -> HyloConfig:
+def hybrid_config(all_mla: Path, all_linear: Path, attention_layers: Sequence[int]) -> HyloConfig:
     """Each kind of mixer with the geometry that its own directory gives it; all else must be the same in both."""
     growing, linear = (complete_config(directory).to_dict() for directory in (all_mla, all_linear))
     own = {*LINEAR_KEYS, *MLA_KEYS, *LAYER_KEYS, *FILE_KEYS}

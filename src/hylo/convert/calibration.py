@@ -5,7 +5,7 @@ are read from disk as conversion reaches them, so that memory holds one layer an
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from hylo.data.retrieval import Stream
 from hylo.errors import HyloError
 from hylo.modeling import HyloConfig, HyloDecoderLayer
 from hylo.modeling.attention import Attention
-from hylo.modeling.rope import base_frequencies, cos_sin
+from hylo.modeling.rope import LINEAR_WIDTHS, Rotary, base_frequencies, cos_sin, linear_frequencies
 from hylo.ops.latent_attention import attend
 
 
@@ -25,7 +25,8 @@ class LayerSample:
     """One attention layer of the base over B sequences of T tokens, float32.
 
     inputs (B,T,D): what the mixer is given; outputs (B,T,D): what it returns; context (B,T,H,d): its heads before the
-    output projection; q (B,T,H,d) and k (B,T,K,d) as they enter the softmax, which multiplies by `scale`.
+    output projection; q (B,T,H,d) and k (B,T,K,d) as they enter the softmax, which multiplies by `scale`;
+    rotary: cos and sin (1,T,width) of the hybrid's linear blocks, where they rotate (positions hype).
     """
 
     inputs_BTD: Tensor
@@ -34,6 +35,7 @@ class LayerSample:
     q_BTHd: Tensor
     k_BTKd: Tensor
     scale: float
+    rotary: Rotary = field(default_factory=dict)
 
     def covariance(self) -> Tensor:
         """Mean of x x^T over the tokens, (D,D)."""
@@ -75,6 +77,12 @@ def samples_of(
         del layer, sample
 
 
+def linear_rotary(config: HyloConfig, position_ids_BT: Tensor, dtype: torch.dtype) -> Rotary:
+    """What the linear blocks of a hybrid are called with."""
+    kinds = set(config.mixers) & LINEAR_WIDTHS.keys() if config.positions == "hype" else set()
+    return {kind: cos_sin(*linear_frequencies(config, kind), position_ids_BT, dtype) for kind in sorted(kinds)}
+
+
 def _finish_layer(layer: HyloDecoderLayer, hidden_BTD: Tensor, mixed_BTD: Tensor) -> None:
     hidden_BTD += mixed_BTD
     for row in hidden_BTD:  # a sequence at a time: the MLP's inner activations are wide
@@ -82,7 +90,8 @@ def _finish_layer(layer: HyloDecoderLayer, hidden_BTD: Tensor, mixed_BTD: Tensor
 
 
 def _read_layer(checkpoint: BaseCheckpoint, config: HyloConfig, index: int) -> HyloDecoderLayer:
-    base_config = HyloConfig(**{**config.to_dict(), "mixers": ["attention"] * config.num_hidden_layers})
+    theirs = {"mixers": ["attention"] * config.num_hidden_layers, "positions": "rope"}
+    base_config = HyloConfig(**(config.to_dict() | theirs))
     with torch.device("meta"):
         layer = HyloDecoderLayer(base_config, index)
     weights = {
@@ -97,7 +106,9 @@ def _attention_sample(layer: HyloDecoderLayer, config: HyloConfig, hidden_BTD: T
     mixer = layer.mixer
     assert isinstance(mixer, Attention)
     x = layer.input_layernorm(hidden_BTD)
-    q, k, v = mixer.project(x, cos_sin(*base_frequencies(config), torch.arange(x.shape[1])[None], x.dtype))
-    scale = config.head_dim**-0.5
+    position_ids = torch.arange(x.shape[1])[None]
+    q, k, v = mixer.project(x, {"attention": cos_sin(*base_frequencies(config), position_ids, x.dtype)})
+    scale, rotary = config.head_dim**-0.5, linear_rotary(config, position_ids, x.dtype)
     context = attend(q, k, v, None, scale).transpose(1, 2)
-    return LayerSample(x, mixer.o_proj(context.flatten(2)), context, q.transpose(1, 2), k.transpose(1, 2), scale)
+    output, q, k = mixer.o_proj(context.flatten(2)), q.transpose(1, 2), k.transpose(1, 2)
+    return LayerSample(x, output, context, q, k, scale, rotary)

@@ -13,6 +13,7 @@ def planned_config(plan: Plan, init: str) -> HyloConfig:
     """The configuration of the hybrid that `convert` writes; `pairs-best` fills in `mla_inv_freq` as it goes."""
     config = hylo_config(plan.base_config, plan.mixers, plan.geometry, init)
     config.mla_k_norm, config.kv_lora_ranks = plan.k_norm, plan.kv_lora_ranks
+    config.positions, config.attention_gate = plan.positions, plan.attention_gate
     if init == "pairs-best":
         config.mla_inv_freq = [None] * len(plan.mixers)
     return config

@@ -14,6 +14,7 @@ from hylo.convert.calibration import LayerSample, samples_of
 from hylo.convert.config import planned_config
 from hylo.convert.device import compute_device, moved
 from hylo.convert.initialisation import Initialisation, LayerRanks
+from hylo.convert.kda import fill_kda
 from hylo.convert.linear import fill_gated_deltanet, fill_mamba2
 from hylo.convert.linear_fit import FitResult
 from hylo.convert.memory import release_freed
@@ -24,6 +25,7 @@ from hylo.errors import HyloError
 from hylo.files import complete_directory
 from hylo.modeling import HyloForCausalLM
 from hylo.modeling.gated_deltanet import GatedDeltaNet
+from hylo.modeling.kda import KimiDeltaAttention
 from hylo.modeling.mamba2 import Mamba2
 from hylo.modeling.mla import MultiHeadLatentAttention
 from hylo.modeling.rope import base_frequencies
@@ -128,6 +130,8 @@ def _write_layer(
                     fit = fill_gated_deltanet(mixer, attention, initialisation.linear, sample, norm, fraction, steps)
                 elif isinstance(mixer, Mamba2):
                     fit = fill_mamba2(mixer, attention, initialisation.linear, sample, norm, fraction, steps)
+                elif isinstance(mixer, KimiDeltaAttention):
+                    fit = fill_kda(mixer, attention, initialisation.linear, sample, norm, fraction, steps)
             mixer.to("cpu")
     for name, tensor in mixer.state_dict().items():
         writer.add(f"{prefix}mixer.{name}", tensor)

@@ -1,7 +1,7 @@
 """Where conversion computes: on the GPU where there is one."""
 
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,14 @@ def compute_device() -> torch.device:
 
 
 def moved(record: Record, device: torch.device) -> Record:
-    """A dataclass with every tensor among its fields on `device`."""
+    """A dataclass with every tensor in its fields, and in their tuples and dictionaries, on `device`."""
     values = {field.name: getattr(record, field.name) for field in fields(record)}
-    tensors = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
-    return replace(record, **tensors)
+    return replace(record, **{name: _on(value, device) for name, value in values.items()})
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_on(item, device) for item in value)
+    return {key: _on(item, device) for key, item in value.items()} if isinstance(value, dict) else value

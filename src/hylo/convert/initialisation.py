@@ -131,6 +131,8 @@ def with_energy(
         plan.state_dtype,
         k_norm=plan.k_norm,
         kv_lora_ranks=ranks,
+        positions=plan.positions,
+        attention_gate=plan.attention_gate,
     )
     return changed, measured
 

@@ -13,7 +13,7 @@ Linear blocks have no place for Qwen3's per-head norms, so the norms' weights ar
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hylo.convert.base import BaseAttention
 from hylo.convert.linear_fit import (
@@ -21,10 +21,20 @@ from hylo.convert.linear_fit import (
     fit,
     inputs_of,
     look_back,
+    scale_heads,
     set_output_norm,
     steady_direction,
     step_for,
     value_scale,
+)
+from hylo.convert.rows import (
+    copy_heads,
+    copy_overlap,
+    copy_rows,
+    identity,
+    projection_rows,
+    value_rms,
+    with_bias,
 )
 from hylo.modeling.gated_deltanet import GatedDeltaNet
 from hylo.modeling.mamba2 import Mamba2
@@ -58,34 +68,21 @@ def fill_gated_deltanet(
     with the least squared error). `aligned` estimates that from the weights; None is CLOSED there.
     """
     heads = len(base.q)
-    q, k, v = (_with_bias(*rows).repeat_interleave(heads // len(rows[0]), dim=0) for rows in _rows(base))
+    q, k, v = (with_bias(*rows).repeat_interleave(heads // len(rows[0]), dim=0) for rows in projection_rows(base))
     projections = (mixer.q_proj, mixer.k_proj, mixer.v_proj)
     if linear_init == "recipe":
         for projection, source in zip(projections, (q, k, v), strict=True):
-            _copy_rows(projection, source.flatten(0, 1))
-        _copy_overlap(mixer.o_proj.weight, base.o.flatten(1))
+            copy_rows(projection, source.flatten(0, 1))
+        copy_overlap(mixer.o_proj.weight, base.o.flatten(1))
         return None
 
-    for convolution in (mixer.q_conv1d, mixer.k_conv1d, mixer.v_conv1d):
-        _identity(convolution)
-    width, key_width = mixer.value_dim // mixer.num_heads, mixer.key_dim // mixer.num_heads
-    head_dim = q.shape[1]
-    keys_of = share_heads(heads, head_dim, mixer.num_heads, key_width)
-    values_of = share_values(keys_of, heads, width // head_dim)
-    scale_H = VALUE_RMS / _value_rms(v, norm_D)
+    scale_H = VALUE_RMS / value_rms(v, norm_D)
+    keys_of, values_of = copy_heads(mixer, q, k, v * scale_H[:, None, None], base.o)
     alpha = 2 * (CLOSED if fraction is None else fraction)
-    # Value channels that no base head fills stay random and are not read: training can take them up, nothing is heard.
-    mixer.o_proj.weight.zero_()
-    out = mixer.o_proj.weight.unflatten(1, (mixer.num_heads, -1))
     gate = mixer.g_proj.weight.unflatten(0, (mixer.num_heads, -1))
-    for head, (key_heads, value_heads) in enumerate(zip(keys_of, values_of, strict=True)):
-        for projection, source in ((mixer.q_proj, q), (mixer.k_proj, k)):
-            _copy_rows(projection, source[key_heads].flatten(0, 1)[:key_width], head * key_width)
-        scaled = v[value_heads] * scale_H[value_heads, None, None]
-        _copy_rows(mixer.v_proj, scaled.flatten(0, 1)[:width], head * width)
-        _copy_overlap(out[:, head], base.o[:, value_heads].flatten(1))
+    for head, value_heads in enumerate(values_of):
         # The normalised output, of rms 1, times silu(g), about g/2: `fraction` of the value's rms.
-        _copy_overlap(gate[head], alpha * v[value_heads, :, :-1].flatten(0, 1))
+        copy_overlap(gate[head], alpha * v[value_heads, :, :-1].flatten(0, 1))
     if linear_init == "aligned":
         return None
 
@@ -98,13 +95,7 @@ def fill_gated_deltanet(
     mixer.a_proj.weight.zero_()  # the bias alone decides; the rows still get gradients
     mixer.b_proj.weight.copy_(torch.tensor(BETA).logit() * u.expand_as(mixer.b_proj.weight))
     mixer.g_proj.weight.copy_(GATE * u.expand_as(mixer.g_proj.weight))
-    gated = inputs_of(mixer.o_proj, mixer, layer).unflatten(-1, (mixer.num_heads, -1))
-    for head, value_heads in enumerate(values_of):
-        for i, value_head in enumerate(value_heads):
-            block = slice(i * head_dim, min((i + 1) * head_dim, width))
-            context = layer.context_BTHd[:, :, value_head, : block.stop - block.start]
-            # Into the output's columns: o_norm's one weight is shared by all heads.
-            out[:, head, block] *= value_scale(context, gated[:, :, head, block])
+    scale_heads(mixer, layer, values_of)
     set_output_norm(mixer, mixer.o_norm.weight, layer, fraction)
     return fit(mixer, layer, steps)
 
@@ -124,31 +115,31 @@ def fill_mamba2(
     The norm behind the gate takes away every scale of z, so the output is closed by the norm's weight. It takes away dt
     and the values' scale too: a division of the value rows by dt would only drive silu out of its linear range.
     """
-    q, k, v = (_with_bias(*rows) for rows in _rows(base))
+    q, k, v = (with_bias(*rows) for rows in projection_rows(base))
     heads, head_dim = q.shape[:2]
     z_rows, x_rows, B_rows, *_ = mixer.widths
     blocks = ((v, mixer.head_dim), (k, mixer.d_state), (q, mixer.d_state))
     starts = (z_rows, z_rows + x_rows, z_rows + x_rows + B_rows)
-    rms_K = _value_rms(v, norm_D)
+    rms_K = value_rms(v, norm_D)
     if linear_init == "recipe":
         for (source, _), start, rows in zip(blocks, starts, mixer.widths[1:4], strict=True):
-            _copy_rows(mixer.in_proj, source.flatten(0, 1)[:rows], start)
-        _copy_overlap(mixer.out_proj.weight, base.o.flatten(1))
+            copy_rows(mixer.in_proj, source.flatten(0, 1)[:rows], start)
+        copy_overlap(mixer.out_proj.weight, base.o.flatten(1))
         return None
 
-    _identity(mixer.conv1d)
+    identity(mixer.conv1d)
     for (source, width), start, rows in zip(blocks, starts, mixer.widths[1:4], strict=True):
         scale = VALUE_RMS / rms_K[:, None, None] if source is v else 1.0
         for i, head in enumerate((source * scale)[: rows // width, :width]):
-            _copy_rows(mixer.in_proj, head, start + i * width)
-    _copy_overlap(mixer.out_proj.weight.unflatten(1, (-1, mixer.head_dim)), base.o)
+            copy_rows(mixer.in_proj, head, start + i * width)
+    copy_overlap(mixer.out_proj.weight.unflatten(1, (-1, mixer.head_dim)), base.o)
     z = mixer.in_proj.weight[:z_rows].unflatten(0, (mixer.num_heads, -1))
     norm_weight = mixer.norm.weight.unflatten(0, (mixer.num_heads, -1))
     group_of = torch.arange(heads) // (heads // len(v))  # the kv head of every base head
     # The gate follows the value, as in Gated DeltaNet: a random one only adds noise.
-    _copy_overlap(z, v[group_of, :, :-1])
+    copy_overlap(z, v[group_of, :, :-1])
     rms = rms_K.new_full((mixer.num_heads,), rms_K.mean().item())
-    _copy_overlap(rms, rms_K[group_of])
+    copy_overlap(rms, rms_K[group_of])
     if linear_init == "aligned":
         norm_weight *= (CLOSED if fraction is None else fraction) * rms[:, None]
         return None
@@ -160,7 +151,7 @@ def fill_mamba2(
     mixer.in_proj.weight[-mixer.num_heads :] = 0  # dt: the bias alone decides
     mean_H = look_back(layer)
     mean = mean_H.new_full((mixer.num_heads,), mean_H.mean().item())
-    _copy_overlap(mean, mean_H)
+    copy_overlap(mean, mean_H)
     mixer.A_log.zero_()
     mixer.dt_bias.copy_(inverse_softplus(step_for(mean)))
     mixer.D.zero_()  # attention has no such shortcut
@@ -172,68 +163,3 @@ def fill_mamba2(
     set_output_norm(mixer, mixer.norm.weight, layer, fraction)
     z_xBC_dt = [z_rows, sum(mixer.widths[1:4]), mixer.num_heads]
     return fit(mixer, layer, steps, {"in_proj.weight": z_xBC_dt, "in_proj.bias": z_xBC_dt})
-
-
-def share_heads(heads: int, head_dim: int, student_heads: int, student_width: int) -> list[list[int]]:
-    """The base heads that each student head takes: as many whole ones as fit (one, cut short, where none does).
-
-    Where not all of them fit, those taken are spread evenly, so that every kv group stays represented.
-    """
-    taken = min(heads, student_heads * max(1, student_width // head_dim))
-    chosen = [(2 * i + 1) * heads // (2 * taken) for i in range(taken)]
-    bounds = [i * taken // student_heads for i in range(student_heads + 1)]
-    return [chosen[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
-
-
-def share_values(keys_of: list[list[int]], heads: int, room: int) -> list[list[int]]:
-    """The base heads whose values and output columns each student head takes: those of its keys, then what is left.
-
-    Values are wider than keys. Each base head whose keys found no room goes to the nearest head's student head (of the
-    same kv group if it can), while that has `room` for it, so that its values are read by its neighbour's attention.
-    """
-    values_of = [list(taken) for taken in keys_of]
-    for head in sorted(set(range(heads)) - {head for taken in keys_of for head in taken}):
-        free = [i for i, taken in enumerate(keys_of) if taken and len(values_of[i]) < room]
-        if free:
-            values_of[min(free, key=lambda i: min(abs(head - other) for other in keys_of[i]))].append(head)
-    return values_of
-
-
-def _rows(base: BaseAttention) -> list[tuple[Tensor, Tensor | None]]:
-    """Rows and biases of queries, keys and values; Qwen3's norms are multiplied in."""
-    q = base.q if base.q_norm is None else base.q * base.q_norm[:, None]
-    k = base.k if base.k_norm is None else base.k * base.k_norm[:, None]
-    return [(q, base.q_bias), (k, base.k_bias), (base.v, base.v_bias)]
-
-
-def _with_bias(rows_HdD: Tensor, bias_Hd: Tensor | None) -> Tensor:
-    """(H,d,D+1): the bias as a last column, so that it goes wherever its row goes."""
-    bias_Hd = rows_HdD.new_zeros(rows_HdD.shape[:2]) if bias_Hd is None else bias_Hd
-    return torch.cat((rows_HdD, bias_Hd[..., None]), dim=-1)
-
-
-def _copy_rows(projection: nn.Linear, rows_ND: Tensor, start: int = 0) -> None:
-    """Copies rows with their biases (the last column) to where `start` says, as many as there is room for."""
-    _copy_overlap(projection.weight[start:], rows_ND[:, :-1])
-    if projection.bias is not None:
-        _copy_overlap(projection.bias[start:], rows_ND[:, -1])
-
-
-def _value_rms(v_KdD: Tensor, norm_D: Tensor) -> Tensor:
-    """(K,): rms of every head's values, rows with bias, for inputs x = norm * (rms 1, as if uncorrelated)."""
-    second_moment = torch.cat((norm_D.square(), norm_D.new_ones(1)))
-    return (v_KdD.square() @ second_moment).mean(-1).sqrt()
-
-
-def _copy_overlap(target: Tensor, source: Tensor) -> None:
-    """Copies the leading block that both tensors have, dimension by dimension."""
-    block = tuple(slice(min(a, b)) for a, b in zip(target.shape, source.shape, strict=True))
-    target[block] = source[block]
-
-
-def _identity(convolution: nn.Conv1d) -> None:
-    """A causal convolution that passes its input through: only the current token's tap, no bias."""
-    convolution.weight.zero_()
-    convolution.weight[..., -1] = 1
-    if convolution.bias is not None:
-        convolution.bias.zero_()

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hylo.convert.svd import DAMPING
+from hylo.modeling.gated_deltanet import GatedDeltaNet
+from hylo.modeling.kda import KimiDeltaAttention
 
 if TYPE_CHECKING:
     from hylo.convert.calibration import LayerSample
@@ -71,12 +73,24 @@ def inputs_of(module: nn.Module, mixer: nn.Module, layer: "LayerSample") -> Tens
 @torch.no_grad()
 def outputs_of(mixer: nn.Module, layer: "LayerSample") -> Tensor:
     """(B,T,D), a sequence at a time."""
-    return torch.cat([mixer(x_1TD) for x_1TD in layer.inputs_BTD.split(1)])
+    return torch.cat([mixer(x_1TD, rotary=layer.rotary) for x_1TD in layer.inputs_BTD.split(1)])
 
 
 def value_scale(context: Tensor, output: Tensor) -> Tensor:
     """The factor that brings a head's output nearest to the attention's, by least squares, in [0.1, 10]."""
     return ((context * output).sum() / output.square().sum()).clamp(0.1, 10)
+
+
+def scale_heads(mixer: GatedDeltaNet | KimiDeltaAttention, layer: "LayerSample", values_of: list[list[int]]) -> None:
+    """Scales the output's columns head by head (an output norm's one weight is shared by all): see `value_scale`."""
+    gated = inputs_of(mixer.o_proj, mixer, layer).unflatten(-1, (mixer.num_heads, -1))
+    out = mixer.o_proj.weight.unflatten(1, (mixer.num_heads, -1))
+    head_dim, width = layer.context_BTHd.shape[-1], gated.shape[-1]
+    for head, value_heads in enumerate(values_of):
+        for i, value_head in enumerate(value_heads):
+            block = slice(i * head_dim, min((i + 1) * head_dim, width))
+            context = layer.context_BTHd[:, :, value_head, : block.stop - block.start]
+            out[:, head, block] *= value_scale(context, gated[:, :, head, block])
 
 
 def set_output_norm(mixer: nn.Module, norm_weight: Tensor, layer: "LayerSample", fraction: float | None) -> None:
@@ -119,7 +133,8 @@ def fit(
         for _ in range(steps):
             rows = torch.randint(sequences, (max(1, BATCH_TOKENS // length),))
             weights = frozen | {name: torch.cat(pieces) for name, pieces in parts.items()}
-            output = torch.func.functional_call(mixer, weights, (layer.inputs_BTD[rows],))
+            given = {"rotary": layer.rotary}
+            output = torch.func.functional_call(mixer, weights, (layer.inputs_BTD[rows],), given)
             loss = F.mse_loss(output, layer.outputs_BTD[rows])
             optimizer.zero_grad()
             loss.backward()

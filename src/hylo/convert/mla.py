@@ -69,6 +69,9 @@ def fill_mla(
     mixer.kv_a_proj_with_mqa.weight.copy_(torch.cat((down, key)))
 
     mixer.o_proj.weight.copy_(base.o.flatten(1))
+    if mixer.gated:  # half open, whatever the input, and what it halves is doubled
+        mixer.g_proj.weight.zero_()
+        mixer.o_proj.weight.mul_(2)
     if base.q_norm is not None:
         mixer.q_norm.get_parameter("weight").copy_(base.q_norm[rows])
     if base.k_norm is not None:

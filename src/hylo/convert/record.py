@@ -31,6 +31,8 @@ def initialisation_record(
         "linear_steps": initialisation.linear_steps,
         "calibration_tokens": 0 if tokens is None else tokens.numel(),
         "k_norm": plan.k_norm,
+        "positions": plan.positions,
+        "attention_gate": plan.attention_gate,
         "seed": seed,
         "base": {key: getattr(plan.base_config, key) for key in BASE_KEYS},
         "geometry": dict(plan.geometry),

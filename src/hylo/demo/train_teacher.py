@@ -1,7 +1,8 @@
 """Trains the demo's base checkpoint: a 1.8M-parameter Llama with its own tokenizer, on two CPU cores.
 
-    python -m hylo.demo.train_teacher --out DIR      # about forty minutes on two free cores
-    python -m hylo.demo.train_teacher --check DIR    # needle accuracy, and bits per byte beside xz -9e
+    python -m hylo.demo.train_teacher --out DIR                # about forty minutes on two free cores
+    python -m hylo.demo.train_teacher --grow DIR --out LARGER  # a teacher of 5.2M parameters, grown from that one
+    python -m hylo.demo.train_teacher --check DIR              # needle accuracy, and bits per byte beside xz -9e
 
 Text is the Python standard library of the interpreter that runs this (with its test suite, which is never held out),
 plus synthetic retrieval. Training starts from a seeded induction circuit (`seed_induction`); facts scattered in text,
@@ -46,6 +47,12 @@ STAGES = [
     Stage("longer", 160, 8, 1024, 16, 4, 0.05),
     Stage("long", 320, 4, 2048, 24, 4, 0.05),
 ]
+GROWN_STAGES = [
+    Stage("facts", 900, 32, 256, 6, 3, 0.05),
+    Stage("longer", 200, 8, 1024, 16, 4, 0.05),
+    Stage("long", 300, 4, 2048, 24, 4, 0.05),
+]
+GROWN_LAYERS, GROWN_MLP = 10, 1024
 VOCABULARY = 2560
 THETA = 500000.0
 PEAK_LR, WARM_UP = 2e-3, 100
@@ -143,6 +150,24 @@ def seed_induction(model: LlamaForCausalLM, constant: float = 0.15, spread: floa
     second.o_proj.weight[:, :width] = 0.12 * copied.T
 
 
+@torch.no_grad()
+def grow(model: LlamaForCausalLM, layers: int = GROWN_LAYERS, mlp: int = GROWN_MLP) -> LlamaForCausalLM:
+    """A deeper and wider model that computes what `model` does (Net2Net, arXiv 1511.05641), to be trained on.
+
+    What is new writes nothing yet: output projections of added layers and added columns of the MLPs' are zero.
+    """
+    config = LlamaConfig(**(model.config.to_dict() | {"num_hidden_layers": layers, "intermediate_size": mlp}))
+    grown = LlamaForCausalLM(config)
+    old = model.state_dict()
+    for name, tensor in grown.state_dict().items():
+        if tensor.ndim == 2:
+            silent = name.endswith(("o_proj.weight", "down_proj.weight"))
+            tensor.normal_(std=0.0 if silent else tensor.shape[1] ** -0.5)
+        if name in old:
+            tensor[tuple(slice(size) for size in old[name].shape)] = old[name]
+    return grown
+
+
 def batch(
     rng: np.random.Generator, stream: np.ndarray, facts: FactFormat, stage: Stage
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -238,6 +263,7 @@ def main() -> None:
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--out", type=Path, help="directory to train in")
     task.add_argument("--check", type=Path, metavar="DIR", help="directory to measure")
+    parser.add_argument("--grow", type=Path, metavar="DIR", help="with --out: grow this model instead of a new one")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -245,10 +271,11 @@ def main() -> None:
     if args.check:
         print(json.dumps(check(args.check), indent=1))
         return
-    train(args.out, args.seed)
+    train(args.out, args.seed, args.grow)
 
 
-def train(out: Path, seed: int) -> None:
+def train(out: Path, seed: int, small: Path | None = None) -> None:
+    """Trains a new model in `out`, or one that is grown from `small` and keeps its tokenizer."""
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
     library = Path(sysconfig.get_paths()["stdlib"])
@@ -256,21 +283,22 @@ def train(out: Path, seed: int) -> None:
     held_out = standard_library(held_out=True)
     tests = [p.read_text(encoding="utf-8", errors="replace") for p in sorted((library / "test").rglob("*.py"))]
     if not (out / "tokenizer.json").exists():
-        make_tokenizer(documents).save_pretrained(out)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(small) if small else make_tokenizer(documents)
+        tokenizer.save_pretrained(out)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
     facts = FactFormat.of(tokenizer)
     stream = token_stream(tokenizer, [*documents, *documents, *tests])  # the library itself counts twice
     val = token_stream(tokenizer, held_out)
     print(f"{len(stream):,} training tokens, {len(val):,} held out, longest fact {facts.longest} tokens", flush=True)
 
-    model = make_model()
+    model = grow(LlamaForCausalLM.from_pretrained(small, dtype=torch.float32)) if small else make_model()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     decay = [p for p in model.parameters() if p.ndim == 2]
     plain = [p for p in model.parameters() if p.ndim != 2]
     optimizer = torch.optim.AdamW(
         [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}], betas=(0.9, 0.98)
     )
-    steps = [stage for stage in STAGES for _ in range(stage.steps)]
+    steps = [stage for stage in (GROWN_STAGES if small else STAGES) for _ in range(stage.steps)]
     done, state = 0, out / "state.pt"
     if state.exists():
         saved = torch.load(state, weights_only=True)

@@ -7,6 +7,7 @@ gradients clipped per layer each of them trains exactly as it would alone. A lay
 
 with h the layer's output, a the mixer's output before the residual, and the L2 norm, unsquared, over the hidden width;
 the last layer's h is compared after the final norm (arXiv 2604.24715; X-EcoMLA 2503.11132; Zebra-Llama 2505.17272).
+`layer_loss` keeps one of the two terms, for who wants to know what each is worth.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from hylo.distill.align_groups import LayerStage
 from hylo.distill.batch import model_inputs
 from hylo.distill.metrics import StepMetrics
 from hylo.distill.partial import cut_after, differing_layers, load_layers
-from hylo.distill.settings import Training
+from hylo.distill.settings import LayerLoss, Training
 from hylo.distill.student import check_pair
 from hylo.distill.trainer import Rows, StageTrainer, stage_identity
 from hylo.errors import HyloError
@@ -42,15 +43,16 @@ def align(base: Path, student: Path, out: Path, rows: Rows, training: Training, 
     Raises HyloError if the two do not belong together, if nothing is left to align, or if losses are not finite.
     """
     config = _checked_config(student, base, training)
-    layers = differing_layers(student, base)
+    layers = differing_layers(student, base, config)
     if not layers:
         raise HyloError(f"every layer of {student} is that of {base}: there is nothing to align; go on with extend")
     config.extend_context(training.length, training.length)
+    config.trained_at(training.length)
 
     def train(layers: Sequence[int], work: Path, metrics: StepMetrics) -> HyloForCausalLM:
         model = load_layers(student, config, layers)
         teacher = cut_after(load_model(base).requires_grad_(False), layers[-1])
-        AlignTrainer(LayerAlignment(model, layers), teacher, rows, training, work, metrics).train()
+        AlignTrainer(LayerAlignment(model, layers, training.layer_loss), teacher, rows, training, work, metrics).train()
         return model
 
     identity = stage_identity("align", training, student)
@@ -69,9 +71,9 @@ class LayerStates(NamedTuple):
 class LayerAlignment(nn.Module):
     """The student as stage 1 sees it: `layers` are those to align, and calling it gives one layer's loss."""
 
-    def __init__(self, student: HyloForCausalLM, layers: Sequence[int]) -> None:
+    def __init__(self, student: HyloForCausalLM, layers: Sequence[int], layer_loss: LayerLoss = "hidden+mixer") -> None:
         super().__init__()
-        self.student, self.layers = student, list(layers)
+        self.student, self.layers, self.terms = student, list(layers), layer_loss.split("+")
         student.requires_grad_(False)
         for i in self.layers:
             for parameter in self.parameters_of(i):
@@ -95,7 +97,8 @@ class LayerAlignment(nn.Module):
         hook.remove()
         if index == len(model.layers) - 1:
             hidden = model.norm(hidden)
-        return l2_distance(hidden, teacher.output) + l2_distance(mixer_outputs[0], teacher.mixer_output)
+        distances = {"hidden": (hidden, teacher.output), "mixer": (mixer_outputs[0], teacher.mixer_output)}
+        return torch.stack([l2_distance(*distances[term]) for term in self.terms]).sum()
 
 
 class AlignTrainer(StageTrainer):

@@ -96,7 +96,10 @@ def extend_from_cache(
 def prepare(model: HyloForCausalLM, student: Path, training: Training, yarn_original: int) -> None:
     """Positions for the length trained at, the weights that train, and checkpointing, as `training` says."""
     factor = 1.0 if training.positions == "unscaled" else training.yarn_factor
+    if training.yarn_factor is not None and model.config.positions != "rope":
+        raise HyloError(f"yarn factor: positions {model.config.positions} of {student} have nothing to stretch")
     model.config.extend_context(training.length, yarn_original, factor)
+    model.config.trained_at(training.length)
     choose_weights(model, student, training.trains)
     if training.gradient_checkpointing:
         # transformers gave the method a new name after 5.19.

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from hylo.modeling.gated_deltanet import GatedDeltaNet
+from hylo.modeling.kda import KimiDeltaAttention
 from hylo.modeling.mamba2 import Mamba2
 from hylo.parallel import first
 
@@ -20,8 +21,12 @@ ROLES = {  # of the tensors of linear blocks, by the part of the name that tells
     "A_log": "the decay",
     "dt_bias": "the decay",
     "a_proj": "the decay gate",
+    "f_a_proj": "the decay gate",
+    "f_b_proj": "the decay gate",
     "b_proj": "the write gate",
     "g_proj": "the output gate",
+    "g_a_proj": "the output gate",
+    "g_b_proj": "the output gate",
     "in_proj": "the gates, keys and values",
 }
 
@@ -80,20 +85,23 @@ def watch_outputs(model: nn.Module | None, whose: str) -> Iterator[list[str]]:
 
         return hook
 
-    def note_decay(mixer: GatedDeltaNet | Mamba2, name: str) -> Callable[..., None]:
+    def note_decay(mixer: GatedDeltaNet | Mamba2 | KimiDeltaAttention, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: Any, output: Tensor) -> None:
             if not is_finite(output):
                 return  # `note` has that
-            step = F.softplus(output[..., -mixer.num_heads :].float() + mixer.dt_bias)  # Mamba-2's dt is in_proj's end
-            if not is_finite(decay := -mixer.A_log.float().exp() * step):
+            steps = len(mixer.dt_bias)
+            step = F.softplus(output[..., -steps:].float() + mixer.dt_bias)  # Mamba-2's dt is in_proj's end
+            A = mixer.A_log.float().exp().repeat_interleave(steps // mixer.num_heads)  # KDA: of a head's channels
+            if not is_finite(decay := -A * step):
                 reached = f"A_log reaches {mixer.A_log.max().item():.4g}, its step {step.max().item():.4g}"
                 found.append(f"the decay of {whose}{name} is {what_is_wrong(decay)} ({reached})")
 
         return hook
 
     for name, module in model.named_modules() if model is not None else ():
-        if isinstance(module, GatedDeltaNet | Mamba2):
-            gate = module.a_proj if isinstance(module, GatedDeltaNet) else module.in_proj
+        if isinstance(module, GatedDeltaNet | Mamba2 | KimiDeltaAttention):
+            gates = {GatedDeltaNet: "a_proj", Mamba2: "in_proj", KimiDeltaAttention: "f_b_proj"}
+            gate = module.get_submodule(gates[type(module)])
             handles.append(gate.register_forward_hook(note_decay(module, name)))
         handles.append(module.register_forward_hook(note(name)))
     try:

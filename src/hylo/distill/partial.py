@@ -11,8 +11,8 @@ from hylo.checkpoint import Weights
 from hylo.modeling import HyloConfig, HyloForCausalLM
 
 
-def differing_layers(student: Path, base: Path) -> list[int]:
-    """The student's layers that are not the base's own, weight for weight."""
+def differing_layers(student: Path, base: Path, config: HyloConfig) -> list[int]:
+    """The student's layers that are not the base's own, weight for weight and with its positions."""
     ours, theirs = Weights(student), Weights(base)
 
     def same(a: dict[str, str], b: dict[str, str]) -> bool:
@@ -22,7 +22,8 @@ def differing_layers(student: Path, base: Path) -> list[int]:
         return ours.shapes[x] == theirs.shapes[y] and torch.equal(ours[x].float(), theirs[y].float())
 
     other = _names_by_layer(theirs)
-    return [i for i, names in _names_by_layer(ours).items() if not same(names, other[i])]
+    unturned = [i for i, mixer in enumerate(config.mixers) if mixer == "attention" and config.positions != "rope"]
+    return [i for i, names in _names_by_layer(ours).items() if i in unturned or not same(names, other[i])]
 
 
 def load_layers(student: Path, config: HyloConfig, layers: Sequence[int]) -> HyloForCausalLM:

@@ -13,6 +13,7 @@ Objective = Literal["layers", "forward_kl", "reverse_kl", "jsd", "cross_entropy"
 Teacher = Literal["live", "cache", "none"]
 Trains = Literal["all", "all_but_head", "mixers"]
 Positions = Literal["yarn", "unscaled"]
+LayerLoss = Literal["hidden+mixer", "hidden", "mixer"]  # of stage 1: which of a layer's outputs are compared
 
 DIVERGENCES = get_args(Divergence)
 MIXABLE = (*DIVERGENCES, "cross_entropy")
@@ -49,6 +50,7 @@ class Training(BaseModel):
     yarn_factor: float | None = Field(
         None, ge=1, allow_inf_nan=False, description="length over that length if left out"
     )
+    layer_loss: LayerLoss = Field("hidden+mixer", description="layers only: what of a layer is compared")
     layers_at_once: int | None = Field(
         None, gt=0, description="layers only: layers in memory at a time; all if left out"
     )
@@ -113,6 +115,8 @@ class Training(BaseModel):
                 raise ValueError("a teacher cache holds for one head: write trains: all_but_head")
         if self.layers_at_once is not None and self.kind != "layers":
             raise ValueError("layers_at_once is for objective layers")
+        if self.layer_loss != "hidden+mixer" and self.kind != "layers":
+            raise ValueError("layer_loss is for objective layers")
         if self.kind == "layers" and self.trains != "all":
             raise ValueError("objective layers trains whole layers; leave trains out")
         if self.micro_rows is not None and self.rows % self.micro_rows:

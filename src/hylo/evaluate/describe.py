@@ -80,7 +80,8 @@ def training_of(directory: Path, run: Path) -> dict[str, Any] | None:
         "arm": directory.resolve().parent.name if directory.resolve().parent != run.resolve() else "",
         "length": max(stage.length for stage in trained),
         "tokens": sum(stage.tokens for stage in trained),
-        "yarn": any(stage.positions == "yarn" and stage.length > recipe["yarn_original_length"] for stage in trained),
+        "yarn": recipe.get("positions", "rope") == "rope"
+        and any(stage.positions == "yarn" and stage.length > recipe["yarn_original_length"] for stage in trained),
         "positions": last.positions,
         "objective": last.objective_text,
         "teacher": teacher.name if teacher else None,

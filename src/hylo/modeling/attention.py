@@ -6,7 +6,7 @@ from transformers.cache_utils import Cache
 
 from hylo.modeling.configuration import HyloConfig
 from hylo.modeling.documents import Visible, pack, unpack
-from hylo.modeling.rope import rotate
+from hylo.modeling.rope import Rotary, rotary_key, scaled, turned
 from hylo.ops.latent_attention import attend
 
 
@@ -48,6 +48,7 @@ class Attention(nn.Module):
     def __init__(self, config: HyloConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx, self.head_dim = layer_idx, config.head_dim
+        self.rotary_key = rotary_key(config, "attention", layer_idx)
         q_width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_width, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
@@ -60,21 +61,21 @@ class Attention(nn.Module):
         self,
         hidden_states_BTD: Tensor,
         attention_mask: Visible | None,
-        rotary: dict[str, tuple[Tensor, Tensor]],
+        rotary: Rotary,
         past_key_values: Cache | None = None,
     ) -> Tensor:
         mask, padding, documents, filled = attention_mask or Visible()
-        q, k, v = self.project(pack(hidden_states_BTD, documents), rotary["attention"])
+        q, k, v = self.project(pack(hidden_states_BTD, documents), rotary)
         if past_key_values is not None:
             k, v = (t[:, :, :filled] for t in past_key_values.update(k, v, self.layer_idx))
         lengths = None if documents is None else documents.lengths
         o = attend(q, k, v, mask, self.head_dim**-0.5, lengths, padding)
         return unpack(self.o_proj(o.transpose(1, 2).flatten(2)), documents)
 
-    def project(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x_BTD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B,H,T,d), keys and values (B,K,T,d) as they enter the softmax."""
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
         q = self.q_norm(self.q_proj(x_BTD).view(heads)).transpose(1, 2)
         k = self.k_norm(self.k_proj(x_BTD).view(heads)).transpose(1, 2)
         v = self.v_proj(x_BTD).view(heads).transpose(1, 2)
-        return rotate(q, rotary), rotate(k, rotary), v
+        return scaled(turned(q, rotary, self.rotary_key), rotary), turned(k, rotary, self.rotary_key), v

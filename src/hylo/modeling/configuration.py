@@ -4,18 +4,20 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
-MIXERS = ("attention", "mla", "gated_deltanet", "mamba2")
+MIXERS = ("attention", "mla", "gated_deltanet", "mamba2", "kda")
 CACHE_KIND = {
     "attention": "full_attention",
     "mla": "full_attention",
     "gated_deltanet": "linear_attention",
     "mamba2": "linear_attention",
+    "kda": "linear_attention",
 }
+Positions = Literal["rope", "none", "hype"]  # how layers know where a token stands: `HyloConfig.positions`
 KNorm = Literal["exact", "folded"]  # of MLA on Qwen3: the norm as it is, or its mean multiplied into the weights
 RELEASED = "hybrid_config.json"  # holds a released checkpoint's figures; its config.json is the base's
 CODE = "modeling_hylo"  # the file that transformers takes the classes from, in a directory that it does not know
@@ -33,7 +35,10 @@ class HyloConfig(PreTrainedConfig):
     {"rope_type": "default", "rope_theta"} or, after `extend_context`, YaRN's. `mla_inv_freq` lists every layer's
     inverse frequencies (None where the layer is no MLA) if they are no geometric sequence, and `rope_theta` is then the
     base's. `kv_lora_ranks` gives every layer a rank of its own. `max_position_embeddings` is the supported length.
-    Raises ValueError if `mixers`, or one of those lists, does not fit the layers.
+    `positions`: `rope` rotates queries and keys of attention and MLA; `none` nothing; `hype` (arXiv 2601.22156) those
+    of linear blocks, by the base's theta, and outside training it multiplies attention's logits by log_a(a + t) for the
+    query at position t, from 0 on; a is `hype_scale`, or the supported length. `attention_gate`: MLA's output is gated.
+    Raises ValueError if `mixers`, or one of those lists, does not fit the layers, and for unknown `positions`.
     """
 
     model_type = "hylo"
@@ -72,6 +77,9 @@ class HyloConfig(PreTrainedConfig):
     mla_rope_parameters: dict[str, Any] = None  # type: ignore[assignment]
     mla_inv_freq: list[list[float] | None] | None = None
     kv_lora_ranks: list[int] | None = None
+    positions: Positions = "rope"
+    hype_scale: int | None = None
+    attention_gate: bool = False
 
     conv_kernel_size: int = 4
     gdn_num_heads: int = 2
@@ -82,6 +90,8 @@ class HyloConfig(PreTrainedConfig):
     mamba_num_heads: int = 4
     mamba_d_inner: int = 256
     mamba_d_xb: int = 128
+    kda_num_heads: int = 4
+    kda_head_dim: int = 64
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("layer_types", None)  # derived
@@ -94,6 +104,10 @@ class HyloConfig(PreTrainedConfig):
         for key in ("mla_inv_freq", "kv_lora_ranks"):
             if (entries := getattr(self, key)) is not None and len(entries) != self.num_hidden_layers:
                 raise ValueError(f"{key} has {len(entries)} entries for {self.num_hidden_layers} layers")
+        if self.positions not in get_args(Positions):
+            raise ValueError(f"positions {self.positions} are not known; known are {', '.join(get_args(Positions))}")
+        if self.hype_scale is not None and self.hype_scale < 2:
+            raise ValueError(f"hype_scale is {self.hype_scale}; it must be at least 2")
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
         if self.mla_rope_parameters is None:
@@ -128,14 +142,20 @@ class HyloConfig(PreTrainedConfig):
         """kv_lora_rank of one layer."""
         return self.kv_lora_rank if self.kv_lora_ranks is None else self.kv_lora_ranks[layer_idx]
 
+    def trained_at(self, length: int) -> None:
+        """HyPE's factor grows from the length that was trained at last."""
+        if self.positions == "hype":
+            self.hype_scale = length
+
     def extend_context(self, length: int, original: int, factor: float | None = None) -> None:
         """Sets the supported length, and YaRN on the MLA layers where it exceeds the `original` length.
 
-        `factor` stretches positions by other than length / original; 1 leaves them as they are.
+        `factor` stretches positions by other than length / original; 1 leaves them as they are, as do positions that
+        are not `rope`.
         """
         theta = self.mla_rope_parameters["rope_theta"]
         factor = length / original if factor is None else factor
-        if factor > 1:
+        if factor > 1 and self.positions == "rope":
             self.mla_rope_parameters = {
                 "rope_type": "yarn",
                 "rope_theta": theta,

@@ -9,6 +9,7 @@ from hylo.modeling.attention import RMSNorm, ShortConv
 from hylo.modeling.cache import read_states, write_states
 from hylo.modeling.configuration import HyloConfig
 from hylo.modeling.documents import Documents, pack, unpack
+from hylo.modeling.rope import Rotary, rotary_key, turned
 from hylo.ops.gated_delta import gated_delta_rule
 from hylo.ops.short_conv import short_conv
 
@@ -19,6 +20,7 @@ class GatedDeltaNet(nn.Module):
     def __init__(self, config: HyloConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx, self.num_heads = layer_idx, config.gdn_num_heads
+        self.rotary_key = rotary_key(config, "gated_deltanet", layer_idx)
         self.key_dim = self.num_heads * config.gdn_head_dim
         self.value_dim = self.key_dim * config.gdn_expand_v
         hidden, width = config.hidden_size, config.conv_kernel_size
@@ -40,10 +42,10 @@ class GatedDeltaNet(nn.Module):
         self,
         hidden_states_BTD: Tensor,
         documents: Documents | None = None,
-        rotary: dict[str, tuple[Tensor, Tensor]] | None = None,
+        rotary: Rotary | None = None,
         past_key_values: Cache | None = None,
     ) -> Tensor:
-        """documents: where rows are padded or packed; padding gives zeros. `rotary` is not used."""
+        """documents: where rows are padded or packed; padding gives zeros. `rotary`: read under positions hype."""
         x, core = pack(hidden_states_BTD, documents), torch.promote_types(hidden_states_BTD.dtype, torch.float32)
         cu_seqlens = None if documents is None else documents.cu_seqlens
         qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)
@@ -55,6 +57,7 @@ class GatedDeltaNet(nn.Module):
         qkv, conv_state = short_conv(qkv, weight, state_NCS=conv_state, cu_seqlens=cu_seqlens)
         qkv = F.silu(qkv).split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in qkv)
+        q, k = (turned(t, rotary, self.rotary_key, heads=2) for t in (q, k))
         caching = past_key_values is not None
         o, state = gated_delta_rule(
             q,

@@ -10,6 +10,7 @@ from hylo.modeling.attention import ShortConv, inverse_rms
 from hylo.modeling.cache import read_states, write_states
 from hylo.modeling.configuration import HyloConfig
 from hylo.modeling.documents import Documents, pack, unpack
+from hylo.modeling.rope import Rotary, rotary_key, turned
 from hylo.ops.short_conv import short_conv
 from hylo.ops.ssd import ssd
 
@@ -33,6 +34,7 @@ class Mamba2(nn.Module):
     def __init__(self, config: HyloConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx, self.num_heads = layer_idx, config.mamba_num_heads
+        self.rotary_key = rotary_key(config, "mamba2", layer_idx)
         self.head_dim, self.d_state = config.mamba_head_dim, config.mamba_d_state
         d_inner, d_xb = config.mamba_d_inner, config.mamba_d_xb
         groups = d_xb // self.head_dim
@@ -51,10 +53,10 @@ class Mamba2(nn.Module):
         self,
         hidden_states_BTD: Tensor,
         documents: Documents | None = None,
-        rotary: dict[str, tuple[Tensor, Tensor]] | None = None,
+        rotary: Rotary | None = None,
         past_key_values: Cache | None = None,
     ) -> Tensor:
-        """documents: where rows are padded or packed; padding gives zeros. `rotary` is not used."""
+        """documents: where rows are padded or packed; padding gives zeros. `rotary`: read under positions hype."""
         d_inner, *channels, num_heads = self.widths
         cu_seqlens = None if documents is None else documents.cu_seqlens
         zxBCdt = self.in_proj(pack(hidden_states_BTD, documents))
@@ -64,12 +66,14 @@ class Mamba2(nn.Module):
         weight, bias = self.conv1d()
         xBC, conv_state = short_conv(xBC, weight, bias, conv_state, cu_seqlens)
         x, B, C = F.silu(xBC).split(channels, dim=-1)
+        B, C = (t.unflatten(-1, (-1, self.d_state)) for t in (B, C))
+        B, C = (turned(t, rotary, self.rotary_key, heads=2) for t in (B, C))
         y, state = ssd(
             x.unflatten(-1, (-1, self.head_dim)),
             dt,
             self.A_log,
-            B.unflatten(-1, (-1, self.d_state)),
-            C.unflatten(-1, (-1, self.d_state)),
+            B,
+            C,
             self.D,
             self.dt_bias,
             initial_state=state,

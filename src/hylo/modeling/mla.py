@@ -4,6 +4,9 @@ What is cached per token is the latent (kv_lora_rank values) and one rotated key
 values), as the `keys` and `values` of a single head in transformers' cache. On Qwen3 the key norm's 1/rms depends on kv
 head and token: these num_key_value_heads numbers are cached beside the rotated key, so that decoding needs no old keys.
 With a `folded` key norm the conversion has multiplied its mean into the projections, and nothing more is cached.
+
+`attention_gate` multiplies every channel of the heads' outputs by sigmoid(g_proj x) before the output projection (Gated
+Attention, arXiv 2505.06708); `positions` other than rope leave the rotated parts as they are.
 """
 
 import torch
@@ -14,7 +17,7 @@ from transformers.cache_utils import Cache
 from hylo.modeling.attention import GivesWeights, RMSNorm, inverse_rms
 from hylo.modeling.configuration import HyloConfig
 from hylo.modeling.documents import Visible, pack, unpack
-from hylo.modeling.rope import mla_rope_key, rotate
+from hylo.modeling.rope import Rotary, rotary_key, scaled, turned
 from hylo.ops.latent_attention import absorbed_latent_attention, expanded_latent_attention
 
 
@@ -42,7 +45,10 @@ class MultiHeadLatentAttention(nn.Module):
         up = self.num_kv_heads * (self.nope + config.v_head_dim)
         self.kv_b_proj = UpProjection(self.rank, up, bias=config.qkv_bias)
         self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=False)
-        self.rope_key = mla_rope_key(config, layer_idx)
+        self.gated = config.attention_gate
+        if self.gated:
+            self.g_proj = nn.Linear(hidden, heads * config.v_head_dim, bias=False)
+        self.rotary_key = rotary_key(config, "mla", layer_idx)
         self.normalises_keys = config.qk_norm and config.mla_k_norm == "exact"
         self.q_norm = RMSNorm(self.qk_head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         if self.normalises_keys:
@@ -52,7 +58,7 @@ class MultiHeadLatentAttention(nn.Module):
         self,
         hidden_states_BTD: Tensor,
         attention_mask: Visible | None,
-        rotary: dict[str, tuple[Tensor, Tensor]],
+        rotary: Rotary,
         past_key_values: Cache | None = None,
     ) -> Tensor:
         mask, padding, documents, filled = attention_mask or Visible()
@@ -69,8 +75,8 @@ class MultiHeadLatentAttention(nn.Module):
             weight, _ = self.k_norm()
             key_rope = key_rope * weight[self.nope :]
             q_nope = q_nope * weight[: self.nope]
-        q = torch.cat((q_nope, rotate(q_rope, rotary[self.rope_key])), dim=-1)
-        key_rope = rotate(key_rope[:, None], rotary[self.rope_key])
+        q = scaled(torch.cat((q_nope, turned(q_rope, rotary, self.rotary_key)), dim=-1), rotary)
+        key_rope = turned(key_rope[:, None], rotary, self.rotary_key)
 
         latent = latent[:, None]
         if past_key_values is not None:
@@ -86,7 +92,10 @@ class MultiHeadLatentAttention(nn.Module):
         else:
             lengths = None if documents is None else documents.lengths
             o = expanded_latent_attention(*tensors, self.num_kv_heads, scale, mask, key_scale, lengths, padding)
-        return unpack(self.o_proj(o.transpose(1, 2).flatten(2)), documents)
+        o = o.transpose(1, 2).flatten(2)
+        if self.gated:
+            o = o * self.g_proj(x).sigmoid()
+        return unpack(self.o_proj(o), documents)
 
     def inverse_key_rms(
         self, latent_BTR: Tensor, key_rope_BTP: Tensor, up_weight: Tensor, up_bias: Tensor | None

@@ -21,18 +21,19 @@ from hylo.modeling.cache import LinearCache, new_cache
 from hylo.modeling.configuration import CACHE_KIND, RELEASED, HyloConfig
 from hylo.modeling.documents import Documents, Visible, find_documents, pack
 from hylo.modeling.gated_deltanet import GatedDeltaNet
+from hylo.modeling.kda import KimiDeltaAttention
 from hylo.modeling.mamba2 import GroupedRMSNorm, Mamba2
 from hylo.modeling.mla import MultiHeadLatentAttention
-from hylo.modeling.rope import cos_sin, frequencies
+from hylo.modeling.rope import LINEAR_WIDTHS, QUERIES, Rotary, cos_sin, frequencies, query_factor
 
 MIXER_CLASSES = {
     "attention": Attention,
     "mla": MultiHeadLatentAttention,
     "gated_deltanet": GatedDeltaNet,
     "mamba2": Mamba2,
+    "kda": KimiDeltaAttention,
 }
 LayerMasks = dict[str, Documents | Visible | None]  # by layer type
-Rotary = dict[str, tuple[Tensor, Tensor]]
 
 
 class MLP(nn.Module):
@@ -105,7 +106,7 @@ class HyloPreTrainedModel(PreTrainedModel):
             init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:
                 init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, GatedDeltaNet | Mamba2):
+        elif isinstance(module, GatedDeltaNet | Mamba2 | KimiDeltaAttention):
             # A uniform up to 16; dt log-uniform in [0.001, 0.1], through the inverse of softplus
             A = torch.empty_like(module.A_log).uniform_(1e-3 if isinstance(module, GatedDeltaNet) else 1.0, 16)
             init.copy_(module.A_log, A.log())
@@ -190,23 +191,29 @@ class HyloModel(HyloPreTrainedModel):
         documents: Documents | None,
     ) -> dict[str, Any]:
         masks: LayerMasks = {}
-        rotary: Rotary = {}
+        packed = documents is not None and (documents.packed or past_key_values is None)
         if "linear_attention" in self.config.layer_types:
             if attention_mask is not None and attention_mask.ndim != 2:
                 raise ValueError("linear blocks take a padding mask (batch, tokens); a 4-D mask cannot be followed")
             masks["linear_attention"] = documents
         if "full_attention" in self.config.layer_types:
-            if documents is not None and (documents.packed or past_key_values is None):
+            if packed:
                 masks["full_attention"] = Visible(documents=documents)
-                if position_ids is None:
-                    position_ids = documents.positions().to(hidden_states_BTD.device)
-                else:
-                    position_ids = pack(position_ids.expand(documents.shape)[..., None], documents)[..., 0]
+            else:
+                masks["full_attention"] = self._visible(hidden_states_BTD, attention_mask, past_key_values)
+        rotary: Rotary = {}
+        if self.has_positions:
+            if position_ids is None and packed:
+                assert documents is not None
+                real = position_ids = documents.positions().to(hidden_states_BTD.device)
             else:
                 if position_ids is None:
                     position_ids = _positions(hidden_states_BTD, attention_mask, past_key_values)
-                masks["full_attention"] = self._visible(hidden_states_BTD, attention_mask, past_key_values)
-            rotary = self.rope(hidden_states_BTD, position_ids)
+                real = position_ids
+                if documents is not None:
+                    real = pack(position_ids.expand(documents.shape)[..., None], documents)[..., 0]
+            # Attention keeps the rows of a padded batch that is cached; linear blocks always see the real tokens alone.
+            rotary = self.rope(hidden_states_BTD, real if packed else position_ids, real)
         return {"attention_mask": masks, "rotary": rotary, "past_key_values": past_key_values}
 
     def _visible(
@@ -231,10 +238,24 @@ class HyloModel(HyloPreTrainedModel):
         first = roomy and mask is None and T > 1  # or there would be a mask, to hide the room
         return Visible(mask=mask, filled=T if first else None)
 
-    def rope(self, hidden_states: Tensor, position_ids_BT: Tensor) -> Rotary:
-        """cos and sin (B,T,width) for the kinds of attention that this model has: "attention", `mla_rope_key`."""
-        dtype = hidden_states.dtype
-        return {kind: cos_sin(*turns, position_ids_BT, dtype) for kind, turns in frequencies(self.config).items()}
+    @property
+    def has_positions(self) -> bool:
+        """Whether any layer asks where its tokens stand."""
+        return bool(frequencies(self.config)) or self.config.positions == "hype"
+
+    def rope(self, hidden_states: Tensor, position_ids_BT: Tensor, linear_BT: Tensor | None = None) -> Rotary:
+        """cos and sin (B,T,width) of all that rotates (`rotary_key`), and HyPE's factor where this is no training.
+
+        linear_BT: positions of the tokens that linear blocks see, where these are others.
+        """
+        linear_BT = position_ids_BT if linear_BT is None else linear_BT
+        rotary: Rotary = {
+            kind: cos_sin(*turns, linear_BT if kind in LINEAR_WIDTHS else position_ids_BT, hidden_states.dtype)
+            for kind, turns in frequencies(self.config).items()
+        }
+        if self.config.positions == "hype" and not self.training:
+            rotary[QUERIES] = (query_factor(self.config, position_ids_BT),)
+        return rotary
 
 
 class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):

@@ -1,5 +1,8 @@
 """Rotary position embeddings (arXiv 2104.09864): the base's own, and MLA's narrow one with YaRN (arXiv 2309.00071).
 
+With `positions` hype (HyPE, arXiv 2601.22156) the linear blocks rotate instead, and attention's queries grow with the
+logarithm of their position. With none, nothing knows where it stands but through recurrence and causality.
+
 Pairs are half-split, (j, j + d/2), as in Hugging Face's Llama and Qwen weights. Nothing is stored: the frequencies
 follow the configuration at every call, so that a context extended on a live model takes effect at once.
 """
@@ -12,18 +15,38 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from hylo.modeling.configuration import HyloConfig
+from hylo.modeling.configuration import CACHE_KIND, HyloConfig
+
+LINEAR_WIDTHS = {"gated_deltanet": "gdn_head_dim", "mamba2": "mamba_d_state", "kda": "kda_head_dim"}  # of q and k heads
+
+
+QUERIES = "queries"  # the entry of Rotary that HyPE's factor on attention's queries has, (B,T)
+# cos and sin (B,T,width) by `rotary_key`, and QUERIES where there is such a factor.
+Rotary = dict[str, tuple[Tensor, ...]]
 
 
 def frequencies(config: HyloConfig) -> dict[str, tuple[Tensor, float]]:
-    """Inverse frequencies and the factor on cos and sin, by kind of attention: "attention", `mla_rope_key`."""
+    """Inverse frequencies and the factor on cos and sin of all that rotates, by `rotary_key`."""
     kinds: dict[str, tuple[Tensor, float]] = {}
-    if "attention" in config.mixers:
-        kinds["attention"] = base_frequencies(config)
     for i, mixer in enumerate(config.mixers):
-        if mixer == "mla" and (key := mla_rope_key(config, i)) not in kinds:
+        if (key := rotary_key(config, mixer, i)) is None or key in kinds:
+            continue
+        if mixer == "attention":
+            kinds[key] = base_frequencies(config)
+        elif mixer == "mla":
             kinds[key] = mla_frequencies(config, i)
+        else:
+            kinds[key] = linear_frequencies(config, mixer)
     return kinds
+
+
+def rotary_key(config: HyloConfig, mixer: str, layer_idx: int) -> str | None:
+    """Under which name a layer with this mixer finds its cos and sin; None: it rotates nothing."""
+    if CACHE_KIND[mixer] == "linear_attention":
+        return mixer if config.positions == "hype" else None
+    if config.positions != "rope":
+        return None
+    return mla_rope_key(config, layer_idx) if mixer == "mla" else mixer
 
 
 def base_frequencies(config: HyloConfig) -> tuple[Tensor, float]:
@@ -46,6 +69,11 @@ def mla_frequencies(config: HyloConfig, layer_idx: int) -> tuple[Tensor, float]:
     if parameters["rope_type"] == "default":
         return inv_freq, 1.0
     return yarn(inv_freq, parameters, pairs), parameters["attention_factor"]
+
+
+def linear_frequencies(config: HyloConfig, mixer: str) -> tuple[Tensor, float]:
+    """Inverse frequencies (width/2,) over the whole width of a linear block's heads, by the base's theta, unscaled."""
+    return inverse_frequencies(getattr(config, LINEAR_WIDTHS[mixer]), config.rope_parameters["rope_theta"]), 1.0
 
 
 def mla_rope_key(config: HyloConfig, layer_idx: int) -> str:
@@ -82,8 +110,30 @@ def cos_sin(inv_freq: Tensor, factor: float, position_ids_BT: Tensor, dtype: tor
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
-def rotate(x_BHTd: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns every pair (j, j + d/2) of x by its angle."""
-    cos, sin = rotary
-    first, second = x_BHTd.chunk(2, dim=-1)
-    return x_BHTd * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+def query_factor(config: HyloConfig, position_ids_BT: Tensor) -> Tensor:
+    """HyPE's factor on the logits of the query at position t, counted from 0: log(t + a) / log(a), (B,T) in float32."""
+    a = config.hype_scale or config.max_position_embeddings
+    return torch.log(position_ids_BT.float() + a) / math.log(a)
+
+
+def turned(x: Tensor, rotary: Rotary | None, key: str | None, heads: int = 1) -> Tensor:
+    """x (B,H,T,d), or (B,T,H,d) with `heads` 2, rotated as its layer's `rotary_key` says, or x itself."""
+    if key is None:
+        return x
+    assert rotary is not None, "a layer that rotates was called without cos and sin: give those of layer_inputs"
+    cos, sin = rotary[key]
+    return rotate(x, (cos, sin), heads)
+
+
+def scaled(q_BHTd: Tensor, rotary: Rotary) -> Tensor:
+    """Queries times the factor that stands in `rotary`, if one does."""
+    if QUERIES not in rotary:
+        return q_BHTd
+    return (q_BHTd * rotary[QUERIES][0][:, None, :, None]).to(q_BHTd.dtype)
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor], heads: int = 1) -> Tensor:
+    """Turns every pair (j, j + d/2) of x (B,H,T,d), or (B,T,H,d) with `heads` 2, by its angle."""
+    cos, sin = (t.unsqueeze(heads) for t in rotary)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin

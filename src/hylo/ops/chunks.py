@@ -102,18 +102,19 @@ class Chunks(NamedTuple):
         return state if self.rank_N is None else state.index_select(0, self.rank_N)
 
 
-def make_chunks(tokens: Tensor, cu_seqlens: Tensor | None, longest: int) -> Chunks:
+def make_chunks(tokens: Tensor, cu_seqlens: Tensor | None, longest: int, doubling: bool = False) -> Chunks:
     """Chunks of at most `longest` tokens for `tokens` (B,T,...): rows, or documents packed in one row.
 
     cu_seqlens (N+1): the documents' bounds, from 0 to T; their values steer Python, so they are best on the CPU.
+    doubling: a chunk's length is a power of two, as `longest` is then.
     """
     B, T = tokens.shape[:2]
     if cu_seqlens is None:
-        C = max(1, min(longest, T))
+        C = _chunk_length(T, longest, doubling)
         return Chunks(C, [B] * -(-T // C), (B, T))
     bounds = cu_seqlens.to("cpu", torch.long)
     lengths, N = bounds.diff(), len(bounds) - 1
-    C = max(1, min(longest, int(lengths.max())))
+    C = _chunk_length(int(lengths.max()), longest, doubling)
     counts = (lengths + (C - 1)) // C
     order = counts.argsort(descending=True, stable=True)
     rank = order.argsort()
@@ -127,13 +128,20 @@ def make_chunks(tokens: Tensor, cu_seqlens: Tensor | None, longest: int) -> Chun
     return Chunks(C, steps.tolist(), (B, T), slots, before, tokens_T, order, rank)
 
 
-def kept_chunks(tokens: Tensor, cu_seqlens: Tensor | None, longest: int, keeping: bool) -> tuple[Any, Any]:
+def _chunk_length(tokens: int, longest: int, doubling: bool) -> int:
+    length = max(1, min(longest, tokens))
+    return min(longest, 1 << (length - 1).bit_length()) if doubling else length
+
+
+def kept_chunks(
+    tokens: Tensor, cu_seqlens: Tensor | None, longest: int, keeping: bool, doubling: bool = False
+) -> tuple[Any, Any]:
     """How many chunks `make_chunks` makes, and of what length, where only shapes are known (torch.compile)."""
     B, T = tokens.shape[:2]
     if cu_seqlens is not None:
         context = torch.library.get_ctx()
         return context.new_dynamic_size() if keeping else 0, context.new_dynamic_size()
-    C = max(1, min(longest, T))
+    C = _chunk_length(T, longest, doubling)
     return B * -(-T // C) if keeping else 0, C
 
 
@@ -169,6 +177,12 @@ def decay_gradient(from_start: Tensor, to_end: Tensor, between: Tensor, whole: T
     dG = from_start + between.sum(-1, dtype=wide) - between.sum(-2, dtype=wide) - to_end
     dG[..., -1] += to_end.sum(-1) + whole
     return dG.flip(-1).cumsum(-1).flip(-1).to(between.dtype)
+
+
+def unit_lower_inverse(A: Tensor) -> Tensor:
+    """(I + tril(A, -1))^-1 of (M,C,C)."""
+    identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
+    return torch.linalg.solve_triangular(A, identity, upper=False, unitriangular=True)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from hylo.ops.checks import check_multiple, check_sequences, check_tensors, without_autocast
-from hylo.ops.chunks import Chunks, Segment, StateScan, decay_gradient, decays, kept_chunks, make_chunks
+from hylo.ops.chunks import (
+    Chunks,
+    Segment,
+    StateScan,
+    decay_gradient,
+    decays,
+    kept_chunks,
+    make_chunks,
+    unit_lower_inverse,
+)
 from hylo.ops.kernels import fla_kernel
 
 CHUNK = 64
@@ -210,7 +219,7 @@ def _chunked(
     o = torch.empty_like(v)
     for segment in chunks.segments(_chunk_bytes(C, H, K, V, core), v.device):
         inside = _inside(q, k, v, g, beta, scale, use_qk_l2norm, chunks, segment, core)
-        inverse = _unit_lower_inverse(inside.system)
+        inverse = unit_lower_inverse(inside.system)
         read_k, read_q = (inside.kq * inside.reading).split(C, dim=1)
         writing_k = (inside.kq[:, :C] * inside.to_end).transpose(1, 2)
         R, here = inside.v * inside.beta, slice(segment.start * H, segment.stop * H)
@@ -410,12 +419,6 @@ def _inside_gradients(
     else:
         d_kq = d_kq * inside.inverse_norm
     return d_kq[:, C:], d_kq[:, :C], dR * beta, dg, d_beta
-
-
-def _unit_lower_inverse(A: Tensor) -> Tensor:
-    """(I + tril(A, -1))^-1 of (M,C,C)."""
-    identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
-    return torch.linalg.solve_triangular(A, identity, upper=False, unitriangular=True)
 
 
 def _chunk_bytes(C: int, H: int, K: int, V: int, core: torch.dtype) -> int:

@@ -19,6 +19,8 @@ INSTALLED = find_spec("fla") is not None
 MODULES = {
     "chunk_gated_delta_rule": "fla.ops.gated_delta_rule",
     "fused_recurrent_gated_delta_rule": "fla.ops.gated_delta_rule",
+    "chunk_kda": "fla.ops.kda",
+    "fused_recurrent_kda": "fla.ops.kda",
     "chunk_simple_gla": "fla.ops.simple_gla",
     "fused_recurrent_simple_gla": "fla.ops.simple_gla",
 }

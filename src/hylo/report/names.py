@@ -38,8 +38,9 @@ MIXERS = {
     "mla": Look("MLA", "#0072B2"),
     "gated_deltanet": Look("Gated DeltaNet", "#E69F00", ink="#1a1a1a"),
     "mamba2": Look("Mamba-2", "#009E73"),
+    "kda": Look("KDA", "#CC79A7"),
 }
-LETTERS = {"attention": "A", "mla": "MLA", "gated_deltanet": "GDN", "mamba2": "M2"}
+LETTERS = {"attention": "A", "mla": "MLA", "gated_deltanet": "GDN", "mamba2": "M2", "kda": "KDA"}
 ROLES = {
     "teacher": Look("", "#1a1a1a", "s", "--"),
     "base": Look("", "#7a7a7a", "D", "--"),

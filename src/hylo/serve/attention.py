@@ -1,4 +1,7 @@
-"""The attention layers in vLLM: the base's own, and MLA around vLLM's `MLAAttention`."""
+"""The attention layers in vLLM: the base's own, and MLA around vLLM's `MLAAttention`.
+
+vLLM has the tokens of all requests in one row: heads are (T,H,d), cos and sin (T,d).
+"""
 
 from collections.abc import Iterator
 
@@ -17,18 +20,17 @@ from vllm.model_executor.layers.linear import (
 from vllm.platforms import current_platform
 
 from hylo.modeling.configuration import HyloConfig
-from hylo.modeling.rope import mla_rope_key, rotate
+from hylo.modeling.rope import Rotary, rotary_key, turned
 from hylo.serve.latent import latent_backend
 from hylo.serve.supported import served_rank
 from hylo.serve.weights import Loaded
-
-Rotary = dict[str, tuple[Tensor, Tensor]]  # cos and sin (T,width) by kind of attention
 
 
 class BaseAttention(nn.Module):
     def __init__(self, config: HyloConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         devices, self.head_dim = get_tensor_model_parallel_world_size(), config.head_dim
+        self.rotary_key = rotary_key(config, "attention", layer_of(prefix))
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.qkv_proj = QKVParallelLinear(
             config.hidden_size, self.head_dim, heads, kv_heads, bias=config.qkv_bias, prefix=f"{prefix}.qkv_proj"
@@ -51,8 +53,8 @@ class BaseAttention(nn.Module):
 
     def forward(self, x_TD: Tensor, rotary: Rotary) -> Tensor:
         q, k, v = self.qkv_proj(x_TD)[0].split(self.widths, dim=-1)
-        q = _rotated(self.q_norm(_heads(q, self.head_dim)), rotary["attention"]).flatten(1)
-        k = _rotated(self.k_norm(_heads(k, self.head_dim)), rotary["attention"]).flatten(1)
+        q = turned(self.q_norm(_heads(q, self.head_dim)), rotary, self.rotary_key).flatten(1)
+        k = turned(self.k_norm(_heads(k, self.head_dim)), rotary, self.rotary_key).flatten(1)
         return self.o_proj(self.attn(q, k, v))[0]
 
     @staticmethod
@@ -75,7 +77,7 @@ class LatentAttention(nn.Module):
         self.rank, self.nope, self.rope = served_rank(config), config.qk_nope_head_dim, config.qk_rope_head_dim
         self.qk_head_dim = self.nope + self.rope
         self.groups = heads // config.num_key_value_heads
-        self.rope_key = mla_rope_key(config, int(prefix.split(".")[-2]))
+        self.rotary_key = rotary_key(config, "mla", layer_of(prefix))
         own_heads = heads // devices
         self.q_a_proj = ReplicatedLinear(hidden, config.q_lora_rank, bias=False, prefix=f"{prefix}.q_a_proj")
         self.q_b_proj = ColumnParallelLinear(
@@ -88,6 +90,9 @@ class LatentAttention(nn.Module):
             self.rank, heads * (self.nope + self.v_head_dim), bias=config.qkv_bias, prefix=f"{prefix}.kv_b_proj"
         )
         self.o_proj = RowParallelLinear(heads * self.v_head_dim, hidden, bias=False, prefix=f"{prefix}.o_proj")
+        self.gated = config.attention_gate
+        if self.gated:
+            self.g_proj = ColumnParallelLinear(hidden, heads * self.v_head_dim, bias=False, prefix=f"{prefix}.g_proj")
         self.q_norm = RMSNorm(self.qk_head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         own = {"kv_heads": _different(own_heads, self.groups)} if current_platform.is_cpu() else {}
         self.attn = MLAAttention(
@@ -109,12 +114,14 @@ class LatentAttention(nn.Module):
         q = self.q_b_proj(self.q_a_proj(x_TD)[0])[0]
         q_nope, q_rope = self.q_norm(_heads(q, self.qk_head_dim)).split([self.nope, self.rope], dim=-1)
         latent, key_rope = self.kv_a_proj_with_mqa(x_TD)[0].split([self.rank, self.rope], dim=-1)
-        q = torch.cat((q_nope, _rotated(q_rope, rotary[self.rope_key])), dim=-1)
-        key_rope = _rotated(key_rope[:, None], rotary[self.rope_key])
+        q = torch.cat((q_nope, turned(q_rope, rotary, self.rotary_key)), dim=-1)
+        key_rope = turned(key_rope[:, None], rotary, self.rotary_key)
         shape = torch.Size((x_TD.shape[0], q.shape[1] * self.v_head_dim))
         o = self.attn(q, latent.contiguous(), key_rope, output_shape=shape)
         if self.kv_b_proj.bias is not None:
             o = o + _heads(self.kv_b_proj.bias, self.nope + self.v_head_dim, 0)[:, self.nope :].flatten()
+        if self.gated:
+            o = o * self.g_proj(x_TD)[0].sigmoid()
         return self.o_proj(o)[0]
 
     def translated(self, name: str, tensor: Tensor) -> Iterator[Loaded]:
@@ -142,6 +149,6 @@ def _heads(x: Tensor, width: int, dim: int = -1) -> Tensor:
     return x.unflatten(dim, (-1, width))
 
 
-def _rotated(x_THd: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    cos, sin = rotary
-    return rotate(x_THd.transpose(0, 1)[None], (cos[None], sin[None]))[0].transpose(0, 1)
+def layer_of(prefix: str) -> int:
+    """Of a mixer's prefix, model.layers.3.mixer."""
+    return int(prefix.split(".")[-2])

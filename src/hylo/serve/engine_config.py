@@ -6,7 +6,7 @@ from vllm.model_executor.models.config import HybridAttentionMambaModelConfig, V
 from vllm.platforms import current_platform
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
-from hylo.serve.supported import cached_width, check_servable
+from hylo.serve.supported import cached_width, check_servable, check_state_dtype
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -34,5 +34,6 @@ class HyloEngineConfig(VerifyAndUpdateConfig):
         config.mamba_chunk_size = SSD_CHUNK
         if cache.mamba_ssm_cache_dtype == "auto":  # would be the model's; the recurrences were trained in float32
             cache.mamba_ssm_cache_dtype = "float32"
+        check_state_dtype(config, cache.mamba_ssm_cache_dtype, "cpu" if current_platform.is_cpu() else "cuda")
         if vllm_config.model_config.is_hybrid:
             HybridAttentionMambaModelConfig.verify_and_update_config(vllm_config)

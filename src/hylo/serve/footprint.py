@@ -8,7 +8,7 @@ from hylo.serve.pages import Pages, Platform
 from hylo.serve.supported import cached_width, served_rank
 
 VOCABULARY_STEP = 64  # vLLM pads the vocabulary to a multiple
-GDN_CHUNK, SSD_CHUNK = 64, 256  # tokens for which a prefill kernel keeps one state
+DELTA_CHUNK, SSD_CHUNK = 64, 256  # tokens for which a prefill kernel keeps one state
 CONTEXT_ROWS = 64 * 1024  # cached tokens that vLLM's MLA prefill expands at once, at most
 
 
@@ -47,7 +47,8 @@ def _mixer_weights(config: HyloConfig, mixer: str, tensor_parallel: int) -> tupl
     if mixer == "mla":
         rank, latent = served_rank(config), cached_width(config)
         up = heads * (config.qk_nope_head_dim + config.v_head_dim)
-        cut = heads * head_dim * (config.q_lora_rank + bias) + up * (rank + bias) + hidden * heads * config.v_head_dim
+        outputs = hidden * heads * config.v_head_dim * (1 + config.attention_gate)
+        cut = heads * head_dim * (config.q_lora_rank + bias) + up * (rank + bias) + outputs
         return cut, config.q_lora_rank * hidden + latent * (hidden + bias) + norms
     taps = config.conv_kernel_size
     if mixer == "gated_deltanet":
@@ -57,6 +58,12 @@ def _mixer_weights(config: HyloConfig, mixer: str, tensor_parallel: int) -> tupl
         biases = bias * (2 * key + 2 * value)  # the gate's is zero, and there because vLLM stacks it on q, k and v
         cut = projections + 2 * config.gdn_num_heads + taps * (2 * key + value) + biases
         return cut, config.gdn_head_dim * config.gdn_expand_v
+    if mixer == "kda":
+        width, heads = config.kda_head_dim, config.kda_num_heads
+        inner = heads * width
+        biases = bias * (3 * inner + heads)  # b's is zero, and there because vLLM stacks it on q, k and v, as f_a's
+        cut = hidden * (4 * inner + heads) + 2 * width * inner + inner + heads + 3 * taps * inner + biases
+        return cut, 2 * hidden * width + width + bias * width
     channels = mamba_channels(geometry_in(config))
     in_proj = (hidden + bias) * (config.mamba_d_inner + channels + config.mamba_num_heads)
     scalars = 3 * config.mamba_num_heads + config.mamba_d_inner  # A_log, D, dt_bias; the norm over each head's group
@@ -118,8 +125,12 @@ def _widths(config: HyloConfig, mixer: str) -> int:
     if mixer == "gated_deltanet":
         key = config.gdn_num_heads * config.gdn_head_dim
         value = key * config.gdn_expand_v
-        states = value * config.gdn_head_dim // GDN_CHUNK
+        states = value * config.gdn_head_dim // DELTA_CHUNK
         return 2 * (2 * key + value) + 2 * value + key + 2 * value + states  # q k v | gate, o | what chunks write
+    if mixer == "kda":
+        inner = config.kda_num_heads * config.kda_head_dim
+        # q k v twice | the decay, and its sum in float32 | gate, o | what chunks write
+        return 6 * inner + 3 * inner + 2 * inner + inner * config.kda_head_dim // DELTA_CHUNK
     states = 2 * config.mamba_d_inner * config.mamba_d_state // SSD_CHUNK  # in float32
     return (
         2 * mamba_channels(geometry_in(config)) + 5 * config.mamba_d_inner + states

@@ -63,7 +63,7 @@ class GatedDeltaNet(QwenGatedDeltaNetAttention):
         own_keys = self.key_dim // self.tp_size
         g = -self.A_log.float().exp() * F.softplus(a_TH.float() + self.dt_bias.float())
         beta = b_TH.float().sigmoid()
-        for run in _runs(self):
+        for run in runs(self):
             conv, state = run.read(self.kv_cache, (-1, self.head_k_dim, self.head_v_dim))
             qkv, conv = short_conv(run.rows(qkv_TC), self.conv_weight, None, conv, run.cu_seqlens)
             q, k, v = F.silu(qkv).split([own_keys, own_keys, qkv.shape[-1] - 2 * own_keys], dim=-1)
@@ -165,7 +165,7 @@ class Mamba2(MambaMixer2):
             return
         z_width = self.tped_intermediate_size
         xBC, dt = projected_states[..., z_width:].split([self.tped_conv_size, self.tped_dt_size], dim=-1)
-        for run in _runs(self):
+        for run in runs(self):
             conv, state = run.read(self.kv_cache, (-1, self.head_dim, self.ssm_state_size))
             parts, conv = short_conv(run.rows(xBC), self.conv_weight, self.conv_bias, conv, run.cu_seqlens)
             x, B, C = F.silu(parts).split([part // self.tp_size for part in self.conv_parts], dim=-1)
@@ -240,7 +240,7 @@ class Run(NamedTuple):
         cache[1][self.slots] = states.reshape(len(self.slots), *cache[1].shape[1:]).to(cache[1].dtype)
 
 
-def _runs(layer: Any) -> Iterator[Run]:
+def runs(layer: Any) -> Iterator[Run]:
     """The batch that vLLM's metadata tells of, decoded tokens first; nothing while it measures its memory."""
     by_layer = get_forward_context().attn_metadata
     if by_layer is None:

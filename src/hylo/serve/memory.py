@@ -18,7 +18,7 @@ from hylo.modeling.configuration import CACHE_KIND, HyloConfig
 from hylo.report.names import in_bytes
 from hylo.serve import footprint
 from hylo.serve.pages import Pages, Platform, lay_out, layer_state_bytes
-from hylo.serve.supported import check_servable, served_rank
+from hylo.serve.supported import check_servable, check_state_dtype, served_rank
 
 UTILIZATION = 0.92  # vLLM's --gpu-memory-utilization where nothing is asked for
 LARGE_BLOCK = 1024  # tokens: requests may well be shorter
@@ -177,6 +177,7 @@ def plan_serving(
     that cannot be served or cut so, and for weights that do not fit; what fits only in part is in `warnings`.
     """
     check_servable(config, tensor_parallel)
+    check_state_dtype(config, state_dtype, platform)
     length = config.max_position_embeddings if max_model_len is None else max_model_len
     if length < 1:
         raise HyloError(f"max_model_len is {length}; it must be at least 1 token")

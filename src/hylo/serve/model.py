@@ -23,6 +23,7 @@ from hylo.modeling.configuration import HyloConfig
 from hylo.modeling.loading import checkpoint_shapes
 from hylo.modeling.rope import cos_sin, frequencies
 from hylo.serve.attention import BaseAttention, LatentAttention, Rotary
+from hylo.serve.kda import KimiDeltaAttention
 from hylo.serve.linear import GatedDeltaNet, Mamba2
 from hylo.serve.weights import Loaded
 
@@ -31,6 +32,7 @@ MIXER_CLASSES: dict[str, Any] = {
     "mla": LatentAttention,
     "gated_deltanet": GatedDeltaNet,
     "mamba2": Mamba2,
+    "kda": KimiDeltaAttention,
 }
 
 
@@ -80,7 +82,7 @@ class HyloForCausalLM(nn.Module, HasInnerState, IsHybrid):
         if missing := sorted(wanted.keys() - seen):
             raise HyloError(f"the model directory lacks {names(missing)}; restore it")
         for layer in self.model.layers:
-            if isinstance(layer.mixer, GatedDeltaNet | Mamba2):
+            if isinstance(layer.mixer, GatedDeltaNet | Mamba2 | KimiDeltaAttention):
                 layer.mixer.finish_loading()
         return loaded
 
@@ -99,7 +101,7 @@ class HyloForCausalLM(nn.Module, HasInnerState, IsHybrid):
         """The state of every kind of linear layer that the model has."""
         config, devices = vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size
         dtypes = cls.get_mamba_state_dtype_from_config(vllm_config)
-        kinds = [MIXER_CLASSES[mixer] for mixer in ("gated_deltanet", "mamba2") if mixer in config.mixers]
+        kinds = [MIXER_CLASSES[mixer] for mixer in ("gated_deltanet", "mamba2", "kda") if mixer in config.mixers]
         return [MambaSpec(shapes=kind.state_shapes(config, devices), dtypes=dtypes, block_size=-1) for kind in kinds]
 
     @classmethod

@@ -12,6 +12,11 @@ def check_servable(config: HyloConfig, tensor_parallel: int = 1) -> None:
         raise HyloError(
             "MLA with Qwen3's exact key norm has no kernel in vLLM; convert with --k-norm folded --calibrate TEXT"
         )
+    if config.positions == "hype":
+        raise HyloError(
+            "positions hype have no kernels in vLLM, whose linear blocks rotate nothing; generate with transformers, "
+            "or train with positions none"
+        )
     figures = _cut_figures(config)
     for figure, number in figures.items():
         if not _shared_out(figure, number, tensor_parallel):
@@ -23,6 +28,12 @@ def check_servable(config: HyloConfig, tensor_parallel: int = 1) -> None:
             raise HyloError(
                 f"{figure} is {number}, which {tensor_parallel} devices cannot share; possible here: {', '.join(fits)}"
             )
+
+
+def check_state_dtype(config: HyloConfig, state_dtype: str, platform: str) -> None:
+    """Raises HyloError for states that vLLM's kernels do not keep in this dtype."""
+    if "kda" in config.mixers and platform == "cuda" and state_dtype != "float32":
+        raise HyloError(f"vLLM's KDA has states in float32 on GPUs, not in {state_dtype}; leave --state-dtype out")
 
 
 def _shared_out(figure: str, number: int, devices: int) -> bool:
@@ -39,6 +50,8 @@ def _cut_figures(config: HyloConfig) -> dict[str, int]:
         figures["num_key_value_heads"] = config.num_key_value_heads
     if "gated_deltanet" in config.mixers:
         figures["gdn_num_heads"] = config.gdn_num_heads
+    if "kda" in config.mixers:
+        figures["kda_num_heads"] = config.kda_num_heads
     if "mamba2" in config.mixers:
         figures["mamba_num_heads"] = config.mamba_num_heads
         figures["mamba_d_xb / mamba_head_dim"] = config.mamba_d_xb // config.mamba_head_dim

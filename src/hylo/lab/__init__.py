@@ -1,0 +1,1 @@
+"""The laboratory: a suite of arms over seeds, run, compared and shown."""
