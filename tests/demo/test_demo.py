@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from hylo.data.retrieval import FactFormat
 from hylo.data.sources import standard_library, token_stream
 from hylo.demo import HERE, TEACHER, checks
-from hylo.demo.train_teacher import bits_per_byte, needle_accuracy, xz_bits_per_byte
+from hylo.demo.train_teacher import bits_per_byte, grow, needle_accuracy, xz_bits_per_byte
 from hylo.recipe import read_recipe
 
 
@@ -80,3 +80,15 @@ def test_the_checks_pass_on_a_good_run() -> None:
 def test_each_check_can_fail(change: dict[str, float], failing: int) -> None:
     passed = [check["passed"] for check in checks(report(**change))]
     assert [i for i, ok in enumerate(passed) if not ok] == [failing]
+
+
+def test_a_grown_teacher_begins_as_the_one_it_grows_from(teacher: LlamaForCausalLM) -> None:
+    grown = grow(teacher, layers=8, mlp=512).eval()
+    assert grown.num_parameters() == 2_689_152
+    ids = torch.arange(5, 69)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(grown(ids).logits, teacher(ids).logits, rtol=0, atol=1e-4)
+    loss = grown(ids, labels=ids).loss
+    loss.backward()
+    new = grown.model.layers[7]
+    assert new.mlp.down_proj.weight.grad.abs().max() > 0 and new.self_attn.o_proj.weight.grad.abs().max() > 0

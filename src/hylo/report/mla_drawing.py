@@ -49,10 +49,11 @@ def _flow(axes: Axes, record: dict[str, Any]) -> None:
 
     whole = record["init"] == "recipe"  # its joint SVD has the rotated rows too, which are dropped afterwards
     rows = "all rows" if whole else "unrotated rows"
+    turned = "rotated" if record.get("positions", "rope") == "rope" else "shared"  # without positions nothing turns
     _box(axes, 0.1, 3.4, 2.6, f"$W_Q$   {H * d} × {D}", QUERIES)
     _box(axes, 0.1, 2.5, 2.6, f"$W_V$   {K * d} × {D}", VALUES)
     _box(axes, 0.1, 1.78, 2.6, f"$W_K$, {rows}   {K * (d if whole else nope)} × {D}", KEYS)
-    _box(axes, 0.1, 0.96, 2.6, f"$W_K$, rotated   {K} × {rope} × {D}", ROTATED)
+    _box(axes, 0.1, 0.96, 2.6, f"$W_K$, {turned}   {K} × {rope} × {D}", ROTATED)
     _box(axes, 0.1, 0.06, 2.6, f"$W_O$   {D} × {H * d}", OUTPUTS)
 
     weighted = ", weighted by the inputs" if record["calibration_tokens"] else ""
@@ -71,7 +72,7 @@ def _flow(axes: Axes, record: dict[str, Any]) -> None:
     _box(axes, 8.65, 3.4, 2.3, f"q_a_proj   {q_rank} × {D}", LATENT)
     _box(axes, 6.3, 2.14, 2.1, f"kv_b_proj   {K * (nope + v)} × {kv_rank}", VALUES)
     _box(axes, 8.65, 2.14, 2.3, f"kv_a_proj, latent   {kv_rank} × {D}", LATENT)
-    _box(axes, 6.3, 0.96, 4.65, f"kv_a_proj, one rotated key for all heads   {rope} × {D}", ROTATED)
+    _box(axes, 6.3, 0.96, 4.65, f"kv_a_proj, one {turned} key for all heads   {rope} × {D}", ROTATED)
     _box(axes, 6.3, 0.06, 4.65, f"o_proj   {D} × {H * d}", OUTPUTS)
     for y, factors in (
         (
