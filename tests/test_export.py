@@ -18,7 +18,7 @@ from hylo.export import export_portable, flatten, portable_sources
 from hylo.modeling import HyloConfig, HyloForCausalLM
 from hylo.modeling.loading import load_model
 
-MIXERS = ["mla", "gated_deltanet", "mamba2", "attention"]
+MIXERS = ["mla", "gated_deltanet", "mamba2", "kda", "attention"]
 TOKENS = torch.arange(1, 12)[None]
 
 WITHOUT_THE_PACKAGE = """
@@ -60,12 +60,13 @@ def hybrid(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory of a few shards, with every kind of mixer, a tokenizer and a file that no model needs."""
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    sizes = {"vocab_size": 700, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "head_dim": 8}
+    sizes = {"vocab_size": 700, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "head_dim": 8}
     mla = {"qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8, "kv_lora_rank": 8, "q_lora_rank": 16}
     mamba = {"mamba_d_state": 8, "mamba_head_dim": 8, "mamba_d_inner": 32, "mamba_d_xb": 16, "gdn_head_dim": 8}
+    kda = {"kda_num_heads": 2, "kda_head_dim": 8}
     special = {"eos_token_id": None, "pad_token_id": 0, "initializer_range": 0.2}
     directory = tmp_path_factory.mktemp("export") / "mixed-1.0"
-    model = HyloForCausalLM(HyloConfig(**sizes, **mla, **mamba, **special, mixers=MIXERS))
+    model = HyloForCausalLM(HyloConfig(**sizes, **mla, **mamba, **kda, **special, mixers=MIXERS))
     model.save_pretrained(directory, max_shard_size="60KB")
     copy_companions(tiny_base, directory)
     (directory / "generation_config.json").write_text(json.dumps({"pad_token_id": 0}))

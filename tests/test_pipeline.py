@@ -80,6 +80,28 @@ def test_metrics_are_kept_as_jsonl_and_tensorboard(run: Path) -> None:
     assert list((run / "extended-64" / "logs").rglob("events.out.tfevents.*"))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layout": "1MLA2KDA", "positions": "hype", "attention_gate": True},
+        {"layout": "1A2M2", "positions": "none"},
+    ],
+    ids=str,
+)
+def test_other_blocks_and_positions_run_through_all_stages(
+    tmp_path: Path, tiny_base: Path, text_file: Path, changes: dict[str, object]
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_base, text_file, controls=False, **changes)
+    done = hylo("upcycle", recipe, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    model = HyloForCausalLM.from_pretrained(tmp_path / "out" / "extended-128")
+    assert model.config.positions == changes["positions"]
+    assert model.config.mla_rope_parameters["rope_type"] == "default"  # nothing for YaRN to stretch
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    kl = [stage["metrics"]["kl"]["256"] for stage in report["stages"] if stage["name"] != "teacher"]
+    assert all(0 < each < 1 for each in kl), kl
+
+
 def test_a_second_call_skips_what_is_done_and_makes_what_is_missing(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "out"
     shutil.copytree(run, copy)

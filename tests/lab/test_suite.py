@@ -33,6 +33,7 @@ SUITE = {
 
 def write(folder: Path, **changes: Any) -> Path:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    (folder / "base").mkdir()
     (folder / "suite.yaml").write_text(yaml.safe_dump({**SUITE, **changes}, sort_keys=False))
     return folder / "suite.yaml"
 
@@ -79,6 +80,8 @@ def test_jobs_come_seed_by_seed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
 def test_every_suite_of_the_repository_is_made_of_valid_recipes(path: Path, tmp_path: Path) -> None:
     suite = read_suite(path)
+    if path.stem == "teacher":  # which is trained first
+        suite.arms["larger"].set["teacher"] = str(path.parent.parent / "src/hylo/demo")
     jobs = jobs_of(suite, path, tmp_path)
     assert len(suite.seeds) >= 5 and len(jobs) == len(suite.seeds) * len(suite.arms)
     first = {job.arm: job.recipe for job in jobs if job.seed == suite.seeds[0]}
@@ -108,6 +111,7 @@ def test_metrics() -> None:
         ({"arms": {"a": {"set": {"layuot": "3MLA"}}}}, "arm a: recipe"),
         ({"arms": {"a": {"recipe": "other.yaml"}}}, "arm a: recipe"),
         ({"recipe": "none.yaml"}, "none.yaml does not exist"),
+        ({"arms": {"a": {}, "b": {"set": {"teacher": "larger"}}}}, "arm b: model directory"),
         ({"titel": "T"}, "titel: unknown key"),
     ],
 )

@@ -19,6 +19,7 @@ from hylo.files import differences, read_json
 from hylo.lab.suite import Metric, Suite, recipe_of
 from hylo.plan import make_plan
 from hylo.recipe import Recipe
+from hylo.recipe_files import is_hub_name
 
 MASTER, MOMENTS = 4, 8  # bytes a parameter: of what a stage writes, and of what a checkpoint has beside it
 GIB = 1 << 30
@@ -77,12 +78,16 @@ class Job:
 def jobs_of(suite: Suite, path: Path, lab: Path) -> list[Job]:
     """A seed of every arm, then the next seed, so that the arms can be compared as early as may be.
 
-    Raises HyloError for a recipe that is not valid, a metric that it does not evaluate, and results of other recipes.
+    Raises HyloError for a recipe that is not valid, a model that is not there, a metric that the recipe does not
+    evaluate, and results of other recipes.
     """
     jobs = []
     for seed in suite.seeds:
         for name in suite.arms:
             recipe = recipe_of(suite, path, name, seed)
+            for model in (recipe.base, recipe.extension_teacher):
+                if not is_hub_name(model) and not model.is_dir():
+                    raise HyloError(f"arm {name}: model directory {model} does not exist; make it, or name another")
             for metric in suite.measured:
                 if metric.length not in recipe.evaluate.lengths:
                     known = ", ".join(map(str, recipe.evaluate.lengths))
