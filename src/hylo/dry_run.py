@@ -12,8 +12,7 @@ from hylo.distill.settings import Stage
 from hylo.distill.student import stored_dtype
 from hylo.errors import HyloError
 from hylo.estimate import Memory, batch, stage_flops, stage_memory
-from hylo.plan import make_plan
-from hylo.recipe import Recipe, parse_rank
+from hylo.recipe import Recipe
 
 GIB = 1 << 30
 
@@ -22,18 +21,7 @@ def dry_run(recipe: Recipe, console: Console, devices: int = 1) -> list[tuple[St
     """Prints it, for that many devices, and returns each stage's memory. Needs no weights: a model of the Hub is asked
     for its small files alone. Raises HyloError for what does not fit together."""
     recipe = recipe.with_models(weights=False)
-    rank, energy = parse_rank(recipe.rank)
-    figures = recipe.geometry | ({} if rank is None else {"kv_lora_rank": rank})
-    plan = make_plan(
-        recipe.base,
-        recipe.layout,
-        recipe.mla_layers,
-        figures,
-        recipe.dtype,
-        k_norm=recipe.k_norm,
-        positions=recipe.positions,
-        attention_gate=recipe.attention_gate,
-    )
+    plan, energy = recipe.plan(), recipe.energy
     plan.print(console)
     if energy is not None:
         console.print(f"ranks: by {energy:.0%} of the energy, which needs the weights; shown is the geometry's own")

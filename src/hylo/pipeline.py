@@ -27,8 +27,8 @@ from hylo.errors import HyloError
 from hylo.evaluate.evaluate import Workload, evaluate_models, print_results
 from hylo.files import complete_directory, link_files, read_json, waited_for, write_json
 from hylo.modeling.loading import read_configuration
-from hylo.plan import Plan, make_plan
-from hylo.recipe import Recipe, parse_rank
+from hylo.plan import Plan
+from hylo.recipe import Recipe
 from hylo.report import write_report
 from hylo.run_directory import check_recipe, claimed
 from hylo.run_report import NAMES, build_report
@@ -83,18 +83,7 @@ def train(
     """
     check_recipe(run, recipe)
     models = recipe.with_models()
-    rank, energy = parse_rank(recipe.rank)
-    figures = recipe.geometry | ({} if rank is None else {"kv_lora_rank": rank})
-    plan = make_plan(
-        models.base,
-        recipe.layout,
-        recipe.mla_layers,
-        figures,
-        recipe.dtype,
-        k_norm=recipe.k_norm,
-        positions=recipe.positions,
-        attention_gate=recipe.attention_gate,
-    )
+    plan, energy = models.plan(), recipe.energy
     tokens = run / "data" if shared is None else shared.data
     data = TrainingData(recipe.data, read_tokenizer(models.base), tokens, console)
     materials = Materials(models.base, models.extension_teacher, data, recipe.yarn_original_length, console)

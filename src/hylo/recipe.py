@@ -12,6 +12,7 @@ from hylo.data.settings import Data
 from hylo.distill.settings import Stage
 from hylo.errors import HyloError
 from hylo.modeling.configuration import KNorm, Positions
+from hylo.plan import Plan, make_plan
 from hylo.recipe_files import MODELS, dump_yaml, is_hub_name, read_values, snapshot
 
 Length = Annotated[int, Field(gt=0)]
@@ -140,6 +141,28 @@ class Recipe(BaseModel):
             parts.append((start, min(end, 1.0)))
             start = end
         return parts
+
+    def plan(self) -> Plan:
+        """Of its conversion; ranks by `energy` are still the geometry's. Needs the models to be directories.
+
+        Raises HyloError as `make_plan` does.
+        """
+        rank, _ = parse_rank(self.rank)
+        return make_plan(
+            self.base,
+            self.layout,
+            self.mla_layers,
+            self.geometry | ({} if rank is None else {"kv_lora_rank": rank}),
+            self.dtype,
+            k_norm=self.k_norm,
+            positions=self.positions,
+            attention_gate=self.attention_gate,
+        )
+
+    @property
+    def energy(self) -> float | None:
+        """The share of squared singular values that every MLA layer's rank is to keep, if ranks go by that."""
+        return parse_rank(self.rank)[1]
 
     def with_models(self, weights: bool = True) -> "Recipe":
         """The same with every Hub name replaced by the directory that it was downloaded to, if asked without weights.

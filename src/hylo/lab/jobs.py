@@ -17,7 +17,6 @@ from pydantic import ValidationError
 from hylo.errors import HyloError
 from hylo.files import differences, read_json
 from hylo.lab.suite import Metric, Suite, recipe_of
-from hylo.plan import make_plan
 from hylo.recipe import Recipe
 from hylo.recipe_files import is_hub_name
 
@@ -110,7 +109,7 @@ def disk_bytes(jobs: Sequence[Job], workers: int, keep_models: bool) -> int:
     checkpoints = []
     for job in jobs:
         recipe = job.recipe.with_models(weights=False)
-        plan = make_plan(recipe.base, recipe.layout, recipe.mla_layers, recipe.geometry, recipe.dtype)
+        plan = recipe.plan()
         models = 1 + len(recipe.stages)
         by_seed[job.seed] = by_seed.get(job.seed, 0) + models * plan.parameters_untied * MASTER
         kept = max(stage.keep for stage in recipe.stages) + 1
