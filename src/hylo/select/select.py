@@ -36,9 +36,13 @@ def select(base: Path, out: Path, settings: SelectionSettings, console: Console)
     check_settings(base, settings)
     check_given(base, plan, settings)
     console.print(f"budget {settings.budget.text}: {plan.layout}, {cost}", highlight=False)
+    data = None if settings.data is None else TrainingData(settings.data, read_tokenizer(base), console=console)
+    length = settings.length or min(LENGTH, read_base_config(base).max_position_embeddings)
+    if data is not None:
+        check_rows(data, length, settings.answers)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / ".lock", f"another selection is at work in {out}; wait for it"):
-        selection = {"base": str(base), "cost": cost} | _selection(base, out, plan, settings, console)
+        selection = {"base": str(base), "cost": cost} | _selection(base, out, plan, settings, data, length, console)
         write_selection(out, selection, settings.geometry)
     print_selection(selection, console)
     console.print(f"wrote {out / 'selection.yaml'}: extend it in a recipe", highlight=False, soft_wrap=True)
@@ -61,7 +65,15 @@ def rank_layers(
     return Ranking([*context.uniform, *(i for i in layers if i not in context.uniform)], [], [])
 
 
-def _selection(base: Path, out: Path, plan: Plan, settings: SelectionSettings, console: Console) -> dict[str, Any]:
+def _selection(
+    base: Path,
+    out: Path,
+    plan: Plan,
+    settings: SelectionSettings,
+    data: TrainingData | None,
+    length: int,
+    console: Console,
+) -> dict[str, Any]:
     """What selection.json says but for the base and the cost."""
     found: dict[str, Any] = {
         "format": "hylo-selection-1",
@@ -75,11 +87,8 @@ def _selection(base: Path, out: Path, plan: Plan, settings: SelectionSettings, c
         "method": settings.method,
     }
     uniform = [i for i, mixer in enumerate(plan.mixers) if is_attention_like(mixer)]
-    if settings.data is None:
+    if data is None or settings.data is None:
         return found | {"count": len(uniform), "uniform": uniform, "chosen": uniform, "scores": [], "rounds": []}
-    data = TrainingData(settings.data, read_tokenizer(base), console=console)
-    length = settings.length or min(LENGTH, read_base_config(base).max_position_embeddings)
-    check_rows(data, length, settings.answers)
     own = identity(base, settings, data)
     records = Records(out / "records", own)
     preparation = Preparation(base, out / "students", plan, settings, data, records, console)
