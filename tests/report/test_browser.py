@@ -1,4 +1,4 @@
-"""The page in a real browser: no error, nothing wider than the window, every figure there, all text legible in both
+"""A report's page, and a laboratory's, in a real browser: no error, nothing wider than the window, every figure there, all text legible in both
 colour schemes."""
 
 import json
@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lab_example import lab_example
 from results_example import latency, results, run_report
 
 from hylo.evaluate.published import published_rows
+from hylo.lab.page import write_lab
 from hylo.report.collect import completed
 from hylo.report.report import write_report
 
@@ -71,11 +73,13 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     write_report(run, run_report())
     whole = tmp_path_factory.mktemp("results")
     write_report(whole, completed(results() | {"latency": [latency()], "published": published_rows()}))
+    lab, on_axis = (tmp_path_factory.mktemp("lab") for _ in range(2))
+    for folder in (lab, on_axis):
+        write_lab(*lab_example(axis=folder is on_axis), folder, "hylo lab suite.yaml --out lab")
     script = f"<script>const ENOUGH = {ENOUGH};{LOOK}</script></body>"
-    for folder in (run, whole):
-        text = (folder / "report.html").read_text()
-        (folder / "look.html").write_text(text.replace("</body>", script))
-    return [run / "look.html", whole / "look.html"]
+    for page in (run / "report.html", whole / "report.html", lab / "lab.html", on_axis / "lab.html"):
+        page.with_name("look.html").write_text(page.read_text().replace("</body>", script))
+    return [folder / "look.html" for folder in (run, whole, lab, on_axis)]
 
 
 def look(page: Path, scheme: str, width: int, folder: Path) -> tuple[dict[str, Any], list[str]]:
@@ -101,7 +105,7 @@ def test_in_a_browser(scheme: str, pages: list[Path], tmp_path: Path) -> None:
         assert said == []
         assert found["overflow"] == 0
         assert found["page"] == {"dark": "rgb(13, 17, 23)", "light": "rgb(255, 255, 255)"}[scheme]
-        assert len(found["figures"]) >= 4 and found["texts"] > 20
+        assert len(found["figures"]) >= (2 if (page.parent / "lab.html").exists() else 4) and found["texts"] > 20
         assert all(width > 600 and height > 100 and parts > 5 for width, height, parts in found["figures"])
         assert found["faint"] == []
 
