@@ -1,5 +1,5 @@
-"""A report's page, and a laboratory's, in a real browser: no error, nothing wider than the window, every figure there, all text legible in both
-colour schemes."""
+"""A report's page, and a laboratory's, in a real browser: no error, nothing wider than the window, every figure there,
+all text legible in both colour schemes."""
 
 import json
 import re
