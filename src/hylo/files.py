@@ -121,9 +121,13 @@ def locked(path: Path, busy: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def waited_for(path: Path) -> Iterator[None]:
-    """Holds a lock file, when whoever holds it has let it go."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    """Holds a lock file, when whoever holds it has let it go. Raises HyloError where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -9,8 +9,6 @@ KEY is a hash of the tokenizer, its template, the source's settings and the name
 that a source that has changed gets another directory. A directory that is damaged is named and made again.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import shutil
@@ -29,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from hylo.data.records import Document, read_source, source_files
 from hylo.data.settings import DocumentSource, source_name
 from hylo.errors import HyloError
-from hylo.files import checksum, complete_directory, read_json, write_json
+from hylo.files import checksum, complete_directory, read_json, waited_for, write_json
 
 VERSION = 1
 HEADER = 256  # bytes before the tokens, with room for any length
@@ -82,7 +80,7 @@ def tokenised(
     Raises HyloError for sources that cannot be read or hold nothing, and if the disk is full.
     """
     directory = cache / _key(source, tokenizer)
-    with _locked(directory):
+    with waited_for(directory.with_suffix(".lock")):  # of several processes one works, the others find it done
         if directory.exists() and (damage := _damage(directory)):
             if console:
                 console.print(f"data: {damage} is damaged; {source_name(source)} is tokenised again", style="yellow")
@@ -208,16 +206,3 @@ def _damage(directory: Path) -> Path | None:
     except (HyloError, OSError, KeyError, TypeError, SafetensorError):
         return directory / MANIFEST
     return None
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """One process at a time; the others wait, and find the work done."""
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        lock = directory.with_suffix(".lock").open("w")
-    except OSError as error:
-        raise HyloError(f"cannot write {directory.parent}: {error.strerror}; choose a writable place") from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

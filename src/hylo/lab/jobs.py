@@ -1,6 +1,6 @@
 """What a laboratory has to do: a run for every arm and seed, where its files are, and whether it is done.
 
-LAB/suite.yaml  recipes/ARM-seed-N.yaml  runs/ARM/seed-N/  results/ARM-seed-N.json  logs/ARM-seed-N.log
+LAB/recipes/ARM-seed-N.yaml  runs/ARM/seed-N/  results/ARM-seed-N.json  logs/ARM-seed-N.log
 LAB/shared/seed-N holds the stages that several arms have in common, LAB/data the tokenised text, LAB/cache the
 evaluations' answers.
 """
