@@ -56,6 +56,13 @@ def test_plan_stages_and_memory_are_shown_without_any_weight(tiny_base: Path, tm
     assert rows["fullest at"] == [memory.moment for _, memory in found]
 
 
+def test_within_the_length_of_the_base_nothing_is_stretched(tiny_base: Path, tmp_path: Path) -> None:
+    stages = [LAYERS, KL, KL | {"length": 512}]
+    text, _ = shown(recipe(tiny_base, tmp_path, stages=stages, yarn_original_length=None))
+    row = next(line for line in text.splitlines() if "YaRN" in line)
+    assert [cell.strip() for cell in row.split("│")[2:-1]] == ["-", "1", "1"]
+
+
 def test_devices_share_the_rows(tiny_base: Path, tmp_path: Path) -> None:
     text, found = shown(recipe(tiny_base, tmp_path), 2, "stages.0.micro_rows=1")
     assert "4 = 1 x 2 x 2" in text and "2 = 1 x 2" in text and "stages on 2 devices" in text

@@ -84,7 +84,7 @@ def test_null_takes_a_key_of_the_parent_away(tmp_path: Path) -> None:
     child = write(tmp_path / "child.yaml", {"extends": "parent.yaml", "teacher": None, "data": data})
     read = read_recipe(child)
     assert read.teacher is None and [source.kind for source in read.data.sources] == ["jsonl"]
-    assert "yarn_original_length: Field required" in refusal(child, "yarn_original_length=null")
+    assert "layout: Field required" in refusal(child, "layout=null")
 
 
 def test_a_circle_is_refused(tmp_path: Path) -> None:

@@ -49,12 +49,14 @@ def dry_run(recipe: Recipe, console: Console, devices: int = 1) -> list[tuple[St
         memory = stage_memory(stage, student, theirs, dtype, devices, recipe.data.boundaries)
         flops += stage_flops(stage, student, theirs) * stage.steps * stage.rows * stage.length
         found.append((stage, memory))
-    _print_stages(recipe, found, console, devices)
+    _print_stages(recipe, found, console, devices, base.max_position_embeddings)
     console.print(f"arithmetic of all stages: {flops:.3g} floating-point operations")
     return found
 
 
-def _print_stages(recipe: Recipe, found: list[tuple[Stage, Memory]], console: Console, devices: int) -> None:
+def _print_stages(
+    recipe: Recipe, found: list[tuple[Stage, Memory]], console: Console, devices: int, base_length: int
+) -> None:
     """One column a stage, so that it fits a terminal."""
     table = Table(title=f"stages on {_number(devices, 'device')}", title_justify="left")
     table.add_column("")
@@ -63,7 +65,7 @@ def _print_stages(recipe: Recipe, found: list[tuple[Stage, Memory]], console: Co
     table.add_row("objective", *(stage.objective_text for stage, _ in found))
     table.add_row("teacher", *(stage.teacher_source for stage, _ in found))
     table.add_row("length", *(f"{stage.length:,}" for stage, _ in found))
-    table.add_row("YaRN", *(_yarn(stage, recipe) for stage, _ in found))
+    table.add_row("YaRN", *(_yarn(stage, recipe, base_length) for stage, _ in found))
     table.add_row("rows", *(_rows(stage, devices) for stage, _ in found))
     table.add_row("tokens", *(f"{stage.steps * stage.rows * stage.length:,}" for stage, _ in found))
     table.add_row("data", *(_part(stage, part) for (stage, _), part in zip(found, recipe.parts(), strict=True)))
@@ -84,11 +86,11 @@ def _micro_rows(stage: Stage, devices: int) -> int:
     return batch(stage, devices)[0] // (stage.length * (2 if stage.kind == "dpo" else 1))
 
 
-def _yarn(stage: Stage, recipe: Recipe) -> str:
+def _yarn(stage: Stage, recipe: Recipe, base_length: int) -> str:
     """The factor that the stage leaves in the configuration; stage 1 and DPO know none."""
     if recipe.positions != "rope" or stage.kind in ("layers", "dpo") or stage.positions == "unscaled":
         return "-"
-    return f"{max(1.0, stage.yarn_factor or stage.length / recipe.yarn_original_length):g}"
+    return f"{max(1.0, stage.yarn_factor or stage.length / (recipe.yarn_original_length or base_length)):g}"
 
 
 def _rows(stage: Stage, devices: int) -> str:

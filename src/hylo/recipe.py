@@ -53,7 +53,7 @@ class Recipe(BaseModel):
     layout: str
     mla_layers: list[int] | None = None
     geometry: dict[str, int] = {}
-    init: Init = "pairs-fast"
+    init: Init = "pairs-best"
     rope_key: RopeKey | None = None
     k_norm: KNorm = "exact"
     positions: Positions = Field("rope", description="none: attention rotates nothing; hype: linear blocks do instead")
@@ -66,7 +66,9 @@ class Recipe(BaseModel):
     calibration_length: Length = 512
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="the base's if left out")
     data: Data
-    yarn_original_length: Length = Field(description="context above which YaRN stretches the MLA layers' positions")
+    yarn_original_length: Length | None = Field(
+        None, description="context above which YaRN stretches the MLA layers' positions; the base's if left out"
+    )
     stages: list[Stage] = Field(min_length=1)
     stretch: Length | None = Field(None, description="after them, untrained: the context, and YaRN, as of this length")
     evaluate: Evaluation

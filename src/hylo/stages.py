@@ -16,13 +16,13 @@ from hylo.errors import HyloError
 class Materials:
     """What stages draw on: the base (the teacher of layers), the teacher of all others, the data, and the console.
 
-    `yarn_original` is the context in tokens above which YaRN stretches positions.
+    `yarn_original` is the context in tokens above which YaRN stretches positions; None: the base's.
     """
 
     base: Path | None
     teacher: Path | None
     data: TrainingData
-    yarn_original: int
+    yarn_original: int | None
     console: Console
 
 

@@ -186,7 +186,7 @@ def test_initialisations_that_do_not_exist_or_fit_are_named(write_base: WriteBas
 def test_energy_decides_every_layers_rank(write_base: WriteBase) -> None:
     base = write_base()
     plan = make_plan(base, "2MLA1GDN")
-    how = Initialisation()
+    how = Initialisation("pairs-fast")
     plans, ranks = zip(*(with_energy(plan, how, share) for share in (0.5, 0.8, 1.0)), strict=True)
     assert plans[0].kv_lora_ranks is not None and plans[2].kv_lora_ranks is not None
     assert sum(plans[0].kv_lora_ranks) < sum(plans[2].kv_lora_ranks)

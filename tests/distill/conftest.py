@@ -40,6 +40,7 @@ def make_student(base: PreTrainedModel, mixers: list[str]) -> HyloForCausalLM:
     """The base with the mixers of some layers drawn afresh."""
     torch.manual_seed(2)
     shape = {key: getattr(base.config, key) for key in SHAPE}
+    shape["base_max_position_embeddings"] = base.config.max_position_embeddings
     student = HyloForCausalLM(HyloConfig(**shape, **MIXERS, mixers=mixers, rms_norm_eps=base.config.rms_norm_eps))
     known = student.state_dict()
     for name, tensor in base.state_dict().items():

@@ -23,6 +23,14 @@ def test_weights_stay_and_positions_stretch(student_directory: Path, tmp_path: P
     assert not torch.equal(before(ids).logits, after(ids).logits)
 
 
+def test_the_length_of_the_base_needs_no_yarn(student_directory: Path, tmp_path: Path) -> None:
+    stretch(student_directory, tmp_path / "within", 32, None)
+    stretch(tmp_path / "within", tmp_path / "beyond", 128, None)
+    within, beyond = (load_model(tmp_path / name).config.mla_rope_parameters for name in ("within", "beyond"))
+    assert within["rope_type"] == "default"
+    assert (beyond["factor"], beyond["original_max_position_embeddings"]) == (2, 64)
+
+
 def test_the_weights_take_no_room_again(student_directory: Path, tmp_path: Path) -> None:
     stretch(student_directory, tmp_path / "out", 128, 16)
     assert os.path.samefile(tmp_path / "out" / "model.safetensors", student_directory / "model.safetensors")

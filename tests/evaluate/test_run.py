@@ -105,6 +105,9 @@ def test_a_model_of_a_run_says_how_it_was_trained(tiny_base: Path, tmp_path: Pat
     (run / "recipe.yaml").write_text(json.dumps(recipe))
     for folder in ("aligned", "extended-128", "extended-256", "control/extended-256"):
         shutil.copytree(tiny_base, run / folder)
+        rope = {"rope_type": "yarn" if folder.endswith("256") else "default"}
+        config = json.loads((run / folder / "config.json").read_text())
+        (run / folder / "config.json").write_text(json.dumps(config | {"mla_rope_parameters": rope}))
     said = {folder: describe(Subject("a", run / folder))["training"] for folder in ("aligned", "extended-128")}
     assert said["aligned"] is None
     parameters = describe(Subject("a", tiny_base))["parameters"]

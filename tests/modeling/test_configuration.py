@@ -137,3 +137,13 @@ def test_extend_context() -> None:
     config.extend_context(1024, 2048)
     assert config.mla_rope_parameters == {"rope_type": "default", "rope_theta": 500.0}
     assert config.max_position_embeddings == 1024
+
+
+def test_yarn_begins_where_the_base_ends() -> None:
+    config = HyloConfig(max_position_embeddings=2048, base_max_position_embeddings=2048)
+    for length, rope_type in ((1024, "default"), (2048, "default"), (8192, "yarn"), (2048, "default")):
+        config.extend_context(length)
+        assert (config.max_position_embeddings, config.mla_rope_parameters["rope_type"]) == (length, rope_type)
+    config.extend_context(8192)
+    rope = config.mla_rope_parameters
+    assert (rope["factor"], rope["original_max_position_embeddings"]) == (4, 2048)

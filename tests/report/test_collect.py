@@ -173,7 +173,8 @@ def make_run(run: Path, base: Path) -> Path:
     for i, directory in enumerate(("converted", "aligned", "extended-256", "control/extended-256")):
         shutil.copytree(base, run / directory)
         config = json.loads((run / directory / "config.json").read_text())
-        written(run / directory / "config.json", config | {"note": f"{run.name} {i}"})
+        rope = {"rope_type": "yarn" if "extended" in directory else "default"}
+        written(run / directory / "config.json", config | {"note": f"{run.name} {i}", "mla_rope_parameters": rope})
     metrics = {"needle": {"64": 0.5}, "needle_se": {"64": 0.1}, "perplexity": {"64": 9.0}, "meta": {"seed": 0}}
     names = ("teacher", "converted", "aligned", "extended", "control")
     stages = [{"name": name, "metrics": metrics, "tokens": 1, "seconds": 1} for name in names]

@@ -32,7 +32,7 @@ def convert(
     layout: LayoutOption,
     mla_layers: PositionsOption = None,
     geometry: GeometryOption = None,
-    init: Annotated[Init, typer.Option(help="how MLA starts; random: every mixer drawn afresh")] = "pairs-fast",
+    init: Annotated[Init, typer.Option(help="how MLA starts; random: every mixer drawn afresh")] = "pairs-best",
     rope_key: Annotated[
         RopeKey | None,
         typer.Option(help="the one rotated key, from the kv heads'; default pca, mean for recipe and on Qwen3"),

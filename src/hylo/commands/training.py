@@ -37,6 +37,7 @@ NAMES = {"layers": "align", "distill": "extend", "on_policy": "on-policy", "dpo"
 # What fixes an extension's rows, for hylo extend and hylo teacher-cache alike.
 EXTENSION: dict[str, Any] = {"length": 8192, "tokens": 8_000_000_000, "rows": 32, "facts": 0.0, "seed": 0}
 EXTENSION |= {"precision": "bf16"}
+PUBLISHED_CONTEXT = 2048  # where YaRN begins in the published Llamas
 
 
 def align(
@@ -60,7 +61,7 @@ def align(
     """Stage 1: every layer learns to do what the base's layer does, fed the base's hidden states."""
     given: dict[str, Any] = {"length": length, "tokens": tokens, "rows": rows, "learning_rate": learning_rate}
     given |= {"seed": seed, "precision": precision, "objective": "layers", "layers_at_once": layers_at_once}
-    _train(given, settings, student, out, base, base, Text(data, facts, not as_published, epochs), track, 1)
+    _train(given, settings, student, out, base, base, Text(data, facts, not as_published, epochs), track)
 
 
 def extend(
@@ -86,7 +87,12 @@ def extend(
     ] = None,
     rows: Annotated[int | None, typer.Option(help="sequences of a step; default 32, or the cache's")] = None,
     learning_rate: Annotated[float, typer.Option(help="peak")] = 6e-5,
-    yarn_original: Annotated[int, typer.Option(help="context above which YaRN stretches positions", min=1)] = 2048,
+    yarn_original: Annotated[
+        int | None,
+        typer.Option(
+            help="context above which YaRN stretches positions; the base's if left out, 2048 with --as-published", min=1
+        ),
+    ] = None,
     precision: Annotated[Precision | None, typer.Option(help="default bf16, or the cache's")] = None,
     seed: Annotated[int | None, typer.Option(help="of the rows; default 0, or the cache's")] = None,
     objective: Annotated[
@@ -101,9 +107,10 @@ def extend(
     epochs: EpochsOption = 1,
     track: TrackOption = None,
 ) -> None:
-    """Stage 2: distils the whole hybrid from a teacher at a longer context, with YaRN on the MLA layers."""
+    """Stage 2: distils the whole hybrid from a teacher at a longer context; beyond the base's, with YaRN on MLA."""
     from hylo.distill.tracking import tracked
 
+    yarn_original = yarn_original or (PUBLISHED_CONTEXT if as_published else None)
     given = {"length": length, "tokens": tokens, "rows": rows, "facts": facts, "seed": seed, "precision": precision}
     common: dict[str, Any] = {"learning_rate": learning_rate} | ({"trains": "all_but_head"} if frozen_head else {})
     if objective is not None:
@@ -134,7 +141,7 @@ def _train(
     teacher: Path | None,
     text: "Text",
     track: str | None,
-    yarn_original: int,
+    yarn_original: int | None = None,
 ) -> None:
     from hylo.checkpoint import read_tokenizer
     from hylo.data.training import TrainingData
@@ -169,7 +176,7 @@ def _extend_from_cache(
     given: dict[str, Any],
     common: dict[str, Any],
     settings: list[str] | None,
-    yarn_original: int,
+    yarn_original: int | None,
 ) -> None:
     """What is not given is the cache's; what is given must be the cache's."""
     from hylo.checkpoint import read_tokenizer

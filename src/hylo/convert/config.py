@@ -27,6 +27,7 @@ def hylo_config(
     theta = rope_theta(theta, base_config.head_dim, geometry["qk_rope_head_dim"], init)
     return HyloConfig(
         **{key: getattr(base_config, key) for key in _SHARED_KEYS},
+        base_max_position_embeddings=base_config.max_position_embeddings,
         mlp_bias=getattr(base_config, "mlp_bias", False),
         base_model_type=base_config.model_type,
         qk_norm=base_config.model_type == "qwen3",

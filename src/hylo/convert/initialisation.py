@@ -44,7 +44,7 @@ class Initialisation:
     `calibrated` ones are then fitted to it for `linear_steps` steps.
     """
 
-    init: str = "pairs-fast"
+    init: str = "pairs-best"
     linear_init: str | None = None
     rope_key: str | None = None
     calibration_BT: Tensor | None = None

@@ -33,7 +33,7 @@ def extend(
     out: Path,
     rows: Rows,
     training: Training,
-    yarn_original: int,
+    yarn_original: int | None,
     console: Console | None = None,
     cache: Path | None = None,
 ) -> None:
@@ -71,7 +71,7 @@ def extend_from_cache(
     cache: Path,
     out: Path,
     training: Training,
-    yarn_original: int,
+    yarn_original: int | None,
     rows: Rows | None = None,
     console: Console | None = None,
 ) -> None:
@@ -93,7 +93,7 @@ def extend_from_cache(
         ExtendTrainer(distillation, None, held.dataset, training, work, metrics).train()
 
 
-def prepare(model: HyloForCausalLM, student: Path, training: Training, yarn_original: int) -> None:
+def prepare(model: HyloForCausalLM, student: Path, training: Training, yarn_original: int | None) -> None:
     """Positions for the length trained at, the weights that train, and checkpointing, as `training` says."""
     factor = 1.0 if training.positions == "unscaled" else training.yarn_factor
     if training.yarn_factor is not None and model.config.positions != "rope":

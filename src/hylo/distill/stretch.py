@@ -6,10 +6,11 @@ from hylo.files import complete_directory, link_files
 from hylo.modeling.loading import read_hylo_config
 
 
-def stretch(student: Path, out: Path, length: int, yarn_original: int) -> None:
+def stretch(student: Path, out: Path, length: int, yarn_original: int | None) -> None:
     """Writes the model in `student` for `length` tokens, its positions stretched from `yarn_original`, as `out`.
 
-    Its weights are linked, not copied. Raises HyloError if `student` is no hylo directory, or `out` exists.
+    None: from the length of the base. Its weights are linked, not copied. Raises HyloError if `student` is no hylo
+    directory, or `out` exists.
     """
     config = read_hylo_config(student)
     config.extend_context(length, yarn_original)

@@ -73,6 +73,7 @@ def training_of(directory: Path, run: Path) -> dict[str, Any] | None:
     if not trained:
         return None
     last = trained[-1]
+    rope = read_json(directory / "config.json", "configuration").get("mla_rope_parameters") or {}
     teacher = None if last.teacher_source == "none" else Path(recipe["teacher"] or recipe["base"])
     known = teacher is not None and (teacher / "config.json").is_file()
     return {
@@ -80,8 +81,7 @@ def training_of(directory: Path, run: Path) -> dict[str, Any] | None:
         "arm": directory.resolve().parent.name if directory.resolve().parent != run.resolve() else "",
         "length": max(stage.length for stage in trained),
         "tokens": sum(stage.tokens for stage in trained),
-        "yarn": recipe.get("positions", "rope") == "rope"
-        and any(stage.positions == "yarn" and stage.length > recipe["yarn_original_length"] for stage in trained),
+        "yarn": rope.get("rope_type") == "yarn",
         "positions": last.positions,
         "objective": last.objective_text,
         "teacher": teacher.name if teacher else None,

@@ -34,7 +34,8 @@ class HyloConfig(PreTrainedConfig):
     `rope_parameters` is the base's RoPE (for `attention` layers), `mla_rope_parameters` that of MLA:
     {"rope_type": "default", "rope_theta"} or, after `extend_context`, YaRN's. `mla_inv_freq` lists every layer's
     inverse frequencies (None where the layer is no MLA) if they are no geometric sequence, and `rope_theta` is then the
-    base's. `kv_lora_ranks` gives every layer a rank of its own. `max_position_embeddings` is the supported length.
+    base's. `kv_lora_ranks` gives every layer a rank of its own. `max_position_embeddings` is the supported length,
+    `base_max_position_embeddings` the base's.
     `positions`: `rope` rotates queries and keys of attention and MLA; `none` nothing; `hype` (arXiv 2601.22156) those
     of linear blocks, by the base's theta, and outside training it multiplies attention's logits by log_a(a + t) for the
     query at position t, from 0 on; a is `hype_scale`, or the supported length. `attention_gate`: MLA's output is gated.
@@ -54,6 +55,7 @@ class HyloConfig(PreTrainedConfig):
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-5
     max_position_embeddings: int = 2048
+    base_max_position_embeddings: int | None = None
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     mlp_bias: bool = False
@@ -147,13 +149,14 @@ class HyloConfig(PreTrainedConfig):
         if self.positions == "hype":
             self.hype_scale = length
 
-    def extend_context(self, length: int, original: int, factor: float | None = None) -> None:
+    def extend_context(self, length: int, original: int | None = None, factor: float | None = None) -> None:
         """Sets the supported length, and YaRN on the MLA layers where it exceeds the `original` length.
 
-        `factor` stretches positions by other than length / original; 1 leaves them as they are, as do positions that
-        are not `rope`.
+        `original`: the base's length if None, within which MLA turns as the base's attention did. `factor` stretches
+        positions by other than length / original; 1 leaves them as they are, as do positions that are not `rope`.
         """
         theta = self.mla_rope_parameters["rope_theta"]
+        original = original or self.base_max_position_embeddings or self.max_position_embeddings
         factor = length / original if factor is None else factor
         if factor > 1 and self.positions == "rope":
             self.mla_rope_parameters = {

@@ -90,11 +90,12 @@ class GatedMixture:
     def hidden(self, ids_BT: Tensor, gates_L: Tensor) -> Tensor:
         """Final hidden states (B,T,D); each student's final norm goes with its last layer, as in `Students`."""
         students = self.students
-        body = students.arrange([0]).model  # a hybrid, so that there are inputs for layers of both kinds
-        hidden_BTD = body.embed_tokens(ids_BT)
-        inputs = body.layer_inputs(hidden_BTD)
+        hidden_BTD = students.model.model.embed_tokens(ids_BT)
+        sides = []
+        for layers, attention_like in ((students.attention, range(len(students.attention))), (students.linear, ())):
+            sides.append((layers, students.arrange(attention_like).model.layer_inputs(hidden_BTD)))
         for i, gate in enumerate(gates_L.to(hidden_BTD.dtype)):
-            branches = [layers[i](hidden_BTD, **inputs) for layers in (students.attention, students.linear)]
+            branches = [layers[i](hidden_BTD, **inputs) for layers, inputs in sides]
             if i == len(gates_L) - 1:
                 branches = [norm(branch) for norm, branch in zip(students.norms, branches, strict=True)]
             hidden_BTD = gate * branches[0] + (1 - gate) * branches[1]
