@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from hylo.commands.training import yarn_from
 from hylo.distill.stretch import stretch
 from hylo.errors import HyloError
+from hylo.modeling import HyloConfig
 from hylo.modeling.loading import load_model
 
 
@@ -43,3 +45,10 @@ def test_bad_input(base_directory: Path, student_directory: Path, tmp_path: Path
     (tmp_path / "out").mkdir()
     with pytest.raises(HyloError, match="exists already"):
         stretch(student_directory, tmp_path / "out", 128, 16)
+
+
+def test_as_published_yarn_begins_where_the_released_models_have_it(tmp_path: Path) -> None:
+    for family, length in (("llama", 2048), ("qwen3", 32768), ("qwen2", None)):
+        HyloConfig(base_model_type=family).save_pretrained(tmp_path / family)
+        assert yarn_from(tmp_path / family, as_published=True) == length
+        assert yarn_from(tmp_path / family, as_published=False) is None

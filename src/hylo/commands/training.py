@@ -37,7 +37,7 @@ NAMES = {"layers": "align", "distill": "extend", "on_policy": "on-policy", "dpo"
 # What fixes an extension's rows, for hylo extend and hylo teacher-cache alike.
 EXTENSION: dict[str, Any] = {"length": 8192, "tokens": 8_000_000_000, "rows": 32, "facts": 0.0, "seed": 0}
 EXTENSION |= {"precision": "bf16"}
-PUBLISHED_CONTEXT = 2048  # where YaRN begins in the published Llamas
+PUBLISHED_CONTEXT = {"llama": 2048, "qwen3": 32768}  # where YaRN begins in the released models
 
 
 def align(
@@ -90,7 +90,8 @@ def extend(
     yarn_original: Annotated[
         int | None,
         typer.Option(
-            help="context above which YaRN stretches positions; the base's if left out, 2048 with --as-published", min=1
+            help="context above which YaRN stretches; the base's if left out, the paper's with --as-published",
+            min=1,
         ),
     ] = None,
     precision: Annotated[Precision | None, typer.Option(help="default bf16, or the cache's")] = None,
@@ -110,7 +111,7 @@ def extend(
     """Stage 2: distils the whole hybrid from a teacher at a longer context; beyond the base's, with YaRN on MLA."""
     from hylo.distill.tracking import tracked
 
-    yarn_original = yarn_original or (PUBLISHED_CONTEXT if as_published else None)
+    yarn_original = yarn_original or yarn_from(student, as_published)
     given = {"length": length, "tokens": tokens, "rows": rows, "facts": facts, "seed": seed, "precision": precision}
     common: dict[str, Any] = {"learning_rate": learning_rate} | ({"trains": "all_but_head"} if frozen_head else {})
     if objective is not None:
@@ -130,6 +131,13 @@ def extend(
         raise HyloError("extend needs either --teacher and --data, or --teacher-cache; give one of the two")
     text = Text(data, share, not as_published, epochs)
     _train(values | common, settings, student, out, None, teacher, text, track, yarn_original)
+
+
+def yarn_from(student: Path, as_published: bool) -> int | None:
+    """Where YaRN begins unless it is told: at the end of the base's context (None), or where the paper has it."""
+    from hylo.modeling.loading import read_hylo_config
+
+    return PUBLISHED_CONTEXT.get(read_hylo_config(student).base_model_type) if as_published else None
 
 
 def _train(
