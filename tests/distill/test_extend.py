@@ -195,3 +195,11 @@ def test_the_head_of_the_student_gets_a_gradient(base: LlamaForCausalLM, build_s
     LongDistillation(student)(batch, TeacherStates(hidden, base.lm_head.weight)).backward()
     assert base.lm_head.weight.grad is None
     assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
+
+
+def test_a_stage_caches_and_trains_the_same_whole_steps(
+    student_directory: Path, base_directory: Path, tmp_path: Path, rows: Rows, training: MakeTraining
+) -> None:
+    settings = training(length=16, rows=4, tokens=3 * 64 + 5, teacher="cache", trains="all_but_head")
+    extend(student_directory, base_directory, tmp_path / "out", rows, settings, 16, cache=tmp_path / "cache")
+    assert len(read_metrics(tmp_path / "out")) == 3

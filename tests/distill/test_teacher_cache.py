@@ -461,7 +461,7 @@ def test_another_head_tokenizer_order_or_length_is_refused(
         assert not list(tmp_path.glob("*out*"))
 
     fails("made with length 16, not 32", length=32)
-    fails("holds 384 tokens, fewer than 385", tokens=385)
+    fails("holds 384 tokens, fewer than 448", tokens=448)
     stream = np.random.default_rng(0).integers(0, 64, 4000).astype(np.int32)
     fails("gives other rows .*from row 0 on", rows=lambda length, count: WindowRows(stream, length, count, seed=1))
 

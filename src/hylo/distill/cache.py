@@ -134,7 +134,10 @@ class TeacherCache:
             _check_size(directory / shard.file, shard.bytes)
 
     def check_order(self, **given: Any) -> None:
-        """Holds `length`, `rows`, `seed` and `facts`, where given, against the cache's; `tokens` may be fewer."""
+        """Holds `length`, `rows`, `seed` and `facts`, where given, against the cache's; `tokens` may be fewer.
+
+        They count in whole steps, as a stage takes them.
+        """
         tokens = given.pop("tokens", None)
         for key, value in given.items():
             if value is not None and value != (ours := getattr(self.recipe, key)):
@@ -142,7 +145,8 @@ class TeacherCache:
                     f"teacher cache {self.directory} was made with {key} {ours}, not {value}; leave {key} out, or make "
                     "a cache with it"
                 )
-        if tokens is not None and tokens > self.recipe.tokens:
+        step = self.recipe.rows * self.recipe.length
+        if tokens is not None and tokens // step * step > self.recipe.tokens:
             raise HyloError(
                 f"teacher cache {self.directory} holds {self.recipe.tokens} tokens, fewer than {tokens}; train on "
                 "fewer tokens, or make a larger cache"
